@@ -1,0 +1,1 @@
+"""Checkpoint to components: reading, re-authored modules, tracing and the parity ladder."""

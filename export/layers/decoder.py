@@ -1,0 +1,78 @@
+"""The LLaMA decoder with a functional KV cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lorgnette.export.layers.attention import CachedAttention
+from lorgnette.export.layers.mlp import GatedMLP
+from lorgnette.export.layers.norm import RMSNorm
+from lorgnette.spec import TextSpec
+
+
+class DecoderLayer(nn.Module):
+    """A pre-norm decoder layer."""
+
+    def __init__(self, spec: TextSpec) -> None:
+        """Creates the layer from the numbers of the decoder."""
+        super().__init__()
+        self.norm1 = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.attention = CachedAttention(
+            spec.hidden_size, spec.heads, spec.kv_heads, spec.head_size
+        )
+        self.norm2 = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.mlp = GatedMLP(spec.hidden_size, spec.intermediate_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        past_length: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Applies the layer to `x` `[B, T, D]`; returns it with both caches updated."""
+        mixed, keys, values = self.attention(
+            self.norm1(x), key_cache, value_cache, cos, sin, past_length
+        )
+        x = x + mixed
+        return x + self.mlp(self.norm2(x)), keys, values
+
+
+class LlamaDecoder(nn.Module):
+    """Input embeddings and a KV cache to the logits of the last position.
+
+    One graph serves both entry points: prefill is a call with T > 1, decode one with T = 1.
+
+    Shapes:
+        embeddings float32 `[B, T, D]`; past_length int32 `[1]`; caches, two a layer,
+        `[B, Hkv, S, Dh]` each; returns logits `[B, V]` and the caches with T more positions.
+    Source: Touvron et al. 2023, arXiv:2302.13971.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, spec: TextSpec, context_length: int) -> None:
+        """Creates the decoder with rotary tables for `context_length` positions."""
+        super().__init__()
+        self.layers = nn.ModuleList(DecoderLayer(spec) for _ in range(spec.layers))
+        self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        self.cos = nn.Buffer(torch.empty(context_length, spec.head_size // 2))
+        self.sin = nn.Buffer(torch.empty(context_length, spec.head_size // 2))
+
+    def forward(
+        self, embeddings: Tensor, past_length: Tensor, caches: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Runs T positions; `caches` alternates key and value, layer by layer."""
+        x = embeddings
+        updated: list[Tensor] = []
+        for index, layer in enumerate(self.layers):
+            x, keys, values = layer(
+                x, caches[2 * index], caches[2 * index + 1], self.cos, self.sin, past_length
+            )
+            updated += [keys, values]
+        return self.head(self.norm(x[:, -1])), updated

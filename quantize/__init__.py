@@ -1,0 +1,1 @@
+"""Schemes as data, methods one file each, and the plans that combine them."""

@@ -1,0 +1,1 @@
+"""Quantisation methods: one file each, with a function `quantize(weight, scheme)`."""

@@ -1,0 +1,72 @@
+"""Named plans: which weight gets which scheme."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from lorgnette.errors import ConfigError
+from lorgnette.quantize.scheme import FLOAT16, FLOAT32, QuantScheme
+
+GROUP = 32
+
+
+def _grouped(bits: int, *, int8_activations: bool) -> QuantScheme:
+    return QuantScheme(bits=bits, group_size=GROUP, int8_activations=int8_activations)
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """Ordered rules: the first whose pattern fits `component/parameter` decides.
+
+    Only matrices that a target multiplies by or gathers from are asked for; norms, biases,
+    positions and rotary tables always stay float32: they are small and touch every value.
+    """
+
+    name: str
+    summary: str
+    rules: tuple[tuple[str, QuantScheme], ...]
+
+    def scheme_for(self, component: str, parameter: str) -> QuantScheme:
+        """The scheme of a matrix."""
+        key = f"{component}/{parameter}"
+        return next(scheme for pattern, scheme in self.rules if fnmatchcase(key, pattern))
+
+
+PLANS: dict[str, QuantPlan] = {
+    plan.name: plan
+    for plan in (
+        QuantPlan("fp32", "every weight float32", (("*", FLOAT32),)),
+        QuantPlan(
+            "fp16", "every weight float16 on disk, computed in float32", (("*", FLOAT16),)
+        ),
+        QuantPlan(
+            "int8",
+            "matrices 8-bit in groups of 32, round to nearest",
+            (
+                ("vision_encoder/*", _grouped(8, int8_activations=False)),
+                ("*", _grouped(8, int8_activations=True)),
+            ),
+        ),
+        QuantPlan(
+            "int4",
+            "decoder, head and embedding 4-bit, vision encoder 8-bit, groups of 32, "
+            "round to nearest",
+            (
+                ("vision_encoder/*", _grouped(8, int8_activations=False)),
+                ("*", _grouped(4, int8_activations=True)),
+            ),
+        ),
+    )
+}
+
+
+def find_plan(name: str) -> QuantPlan:
+    """The plan of a name.
+
+    Raises:
+        ConfigError: There is none; lists the known ones.
+    """
+    if name not in PLANS:
+        raise ConfigError("unknown scheme", got=repr(name), wanted=f"one of {', '.join(PLANS)}")
+    return PLANS[name]

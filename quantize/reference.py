@@ -1,0 +1,22 @@
+"""A slow and plain oracle for the methods, one number at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def rtn_group(group: NDArray[np.float32], bits: int) -> tuple[list[int], np.float32]:
+    """Codes and scale of one group by round to nearest, in scalar arithmetic.
+
+    Returns:
+        The codes, 0 .. 2**bits - 1, and the scale.
+    """
+    half = 2 ** (bits - 1)
+    extreme = max(group, key=lambda value: abs(float(value)))
+    scale = np.float32(extreme) / np.float32(-half)
+    if scale == 0 or not np.isfinite(np.float32(1) / scale):
+        return [half] * len(group), scale
+    inverse = np.float32(1) / scale
+    codes = [round(float(np.float32(value) * inverse)) + half for value in group]
+    return [min(max(code, 0), 2 * half - 1) for code in codes], scale

@@ -1,0 +1,243 @@
+"""Building an ONNX graph from an ExportedProgram, node by node."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from lorgnette.errors import ConfigError
+from lorgnette.export.component import Component, TensorSpec
+from lorgnette.export.weights import WeightSource
+from lorgnette.quantize.methods import rtn
+from lorgnette.quantize.plan import QuantPlan
+from lorgnette.quantize.scheme import QuantScheme, QuantTensor
+from lorgnette.targets.onnx.weight_file import WeightFile
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+CONTRIB = "com.microsoft"
+OPSET = {"": 21, CONTRIB: 1}
+IR_VERSION = 10  # the newest that the oldest supported engine reads, with opset 21
+
+DTYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.uint8: ir.DataType.UINT8,
+    torch.int32: ir.DataType.INT32,
+    torch.int64: ir.DataType.INT64,
+}
+
+Attribute = int | float | str | Sequence[int]
+
+
+class GraphBuilder:
+    """The graph under construction: nodes, weights and constants.
+
+    Args:
+        component: What is lowered.
+        source: Its weights.
+        plan: How matrices are stored.
+        weights: Where they are stored.
+    """
+
+    def __init__(
+        self, component: Component, source: WeightSource, plan: QuantPlan, weights: WeightFile
+    ) -> None:
+        """Starts an empty graph."""
+        self.component = component
+        self.inputs = [_io_value(s) for s in (*component.inputs, *component.cache_inputs)]
+        self.operators: Counter[str] = Counter()
+        self.weight_bytes: Counter[str] = Counter()
+        self.kept_in_float: dict[str, str] = {}
+        self._source = source
+        self._plan = plan
+        self._weights = weights
+        self._nodes: list[ir.Node] = []
+        self._initializers: dict[str, ir.Value] = {}
+        self._shared: dict[str, ir.Value] = {}
+
+    def node(
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: dict[str, Attribute] | None = None,
+        *,
+        domain: str = "",
+        outputs: int = 1,
+    ) -> list[ir.Value]:
+        """Appends a node and returns its outputs."""
+        made = ir.Node(
+            domain,
+            operator,
+            inputs,
+            attributes=ir.convenience.convert_attributes(attributes or {}),
+            num_outputs=outputs,
+            name=f"{operator}_{len(self._nodes)}",
+        )
+        for index, value in enumerate(made.outputs):
+            value.name = f"{made.name}_{index}"
+        self._nodes.append(made)
+        return list(made.outputs)
+
+    def shared(self, key: str, make: Callable[[], ir.Value]) -> ir.Value:
+        """A value that the graph needs many times and computes once."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+    def constant(self, values: NDArray[np.generic]) -> ir.Value:
+        """A small constant, kept inside the graph file; equal ones are shared."""
+        name = f"const_{values.dtype}_{'x'.join(map(str, values.shape))}_{values.tobytes().hex()}"
+        if name not in self._initializers:
+            self._add_initializer(name, ir.tensor(values, name=name))
+        return self._initializers[name]
+
+    def scheme(self, parameter: str) -> QuantScheme:
+        """The planned scheme of a matrix."""
+        return self._plan.scheme_for(self.component.name, parameter)
+
+    def float_weight(self, parameter: str, dtype: type[np.floating] = np.float32) -> ir.Value:
+        """A weight as it is, float32 or float16.
+
+        Raises:
+            ConfigError: A value is too large for float16.
+        """
+
+        def make() -> NDArray[np.generic]:
+            array = self._source.array(parameter).astype(dtype)
+            if not np.isfinite(array).all():
+                raise ConfigError(
+                    f"weight '{parameter}' has values too large for float16",
+                    where=self.component.name,
+                    hint="use --quant fp32, int8 or int4",
+                )
+            return array
+
+        shape = self._source.shapes[parameter]
+        return self._stored(parameter, np.dtype(dtype).name, shape, make)
+
+    def integer_weight(
+        self, parameter: str, scheme: QuantScheme, shape: Callable[[int, int, int], tuple[int, ...]]
+    ) -> tuple[ir.Value, ir.Value]:
+        """A matrix as packed codes and scales.
+
+        Args:
+            parameter: Its name.
+            scheme: How to quantise it.
+            shape: Rows, groups and bytes a group to the shape of the codes in the graph.
+
+        Returns:
+            Codes (uint8) and scales (float32 `[rows, groups]`).
+        """
+        rows, columns = self._source.shapes[parameter]
+        groups = -(-columns // scheme.group_size)
+        made: list[QuantTensor] = []
+
+        def quantized() -> QuantTensor:
+            if not made:
+                made.append(rtn.quantize(self._source.array(parameter), scheme))
+            return made[0]
+
+        form = f"int{scheme.bits}g{scheme.group_size}"
+        group_bytes = scheme.group_size * scheme.bits // 8
+        codes = self._stored(
+            parameter,
+            f"{form}.codes",
+            shape(rows, groups, group_bytes),
+            lambda: pack_codes(quantized().codes, scheme.bits),
+        )
+        scales = self._stored(
+            parameter, f"{form}.scales", (rows, groups), lambda: quantized().scales
+        )
+        return codes, scales
+
+    def finish(self, outputs: Sequence[ir.Value]) -> ir.Model:
+        """Names the outputs and closes the graph."""
+        specs = (*self.component.outputs, *self.component.cache_outputs)
+        for value, spec in zip(outputs, specs, strict=True):
+            value.name = spec.name
+            value.dtype = DTYPES[spec.dtype]
+            value.shape = ir.Shape(spec.shape)
+        graph = ir.Graph(
+            self.inputs,
+            outputs,
+            nodes=self._nodes,
+            initializers=list(self._initializers.values()),
+            opset_imports=OPSET,
+            name=self.component.name,
+        )
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name="lorgnette")
+
+    def _stored(
+        self,
+        parameter: str,
+        form: str,
+        shape: tuple[int, ...],
+        make: Callable[[], NDArray[np.generic]],
+    ) -> ir.Value:
+        name = f"{parameter}.{form}"
+        if name not in self._initializers:
+            origin = self._source.origin(parameter) or f"{self.component.name}/{parameter}"
+            tensor, written = self._weights.add(f"{origin}.{form}", name, shape, make)
+            self.weight_bytes[form.split(".", maxsplit=1)[0]] += written
+            self._add_initializer(name, tensor)
+        return self._initializers[name]
+
+    def _add_initializer(self, name: str, tensor: ir.TensorProtocol) -> None:
+        self._initializers[name] = ir.Value(
+            name=name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype)
+        )
+
+
+def pack_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Codes to bytes: 8 bits as they are, 4 bits two a byte with the even column low.
+
+    Shapes: uint8 `[rows, columns]` to `[rows, columns * bits / 8]`.
+    """
+    return codes if bits == 8 else codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def _io_value(spec: TensorSpec) -> ir.Value:
+    return ir.Value(
+        name=spec.name, shape=ir.Shape(spec.shape), type=ir.TensorType(DTYPES[spec.dtype])
+    )
+
+
+def build_graph(builder: GraphBuilder, program: ExportedProgram) -> ir.Model:
+    """Translates every node of a program in order.
+
+    Raises:
+        ConfigError: An operator that this target has no translation for.
+    """
+    from lorgnette.targets.onnx.operators import TRANSLATIONS, Parameter
+
+    signature = program.graph_signature
+    parameters = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    user_inputs = dict(zip(signature.user_inputs, builder.inputs, strict=True))
+    known: dict[torch.fx.Node, object] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            known[node] = (
+                Parameter(parameters[node.name])
+                if node.name in parameters
+                else user_inputs[node.name]
+            )
+        elif node.op == "call_function":
+            translate = TRANSLATIONS.get(str(node.target))
+            if translate is None:
+                raise ConfigError(
+                    f"operator '{node.target}' has no translation",
+                    where=f"{builder.component.name}, target onnx",
+                    hint="add it to targets/onnx/operators.py",
+                )
+            known[node] = translate(builder, node, known)
+        elif node.op == "output":
+            outputs = [known[arg] for arg in node.args[0]]
+    return builder.finish(outputs)  # type: ignore[arg-type]

@@ -1,0 +1,63 @@
+"""The protocol that every target fulfils."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from lorgnette.spec import Frozen, ModelSpec
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from lorgnette.export.component import Component
+    from lorgnette.export.weights import WeightSource
+    from lorgnette.quantize.plan import QuantPlan
+
+
+class Capabilities(Frozen, frozen=True):
+    """What a target can carry and what runs it."""
+
+    plans: tuple[str, ...]
+    """Named quantisation plans that it takes."""
+    cache_style: Literal["functional", "state"]
+    engine: str
+    """The engine that executes its graphs."""
+    engine_min_version: str
+    summary: str
+
+
+class LoweredComponent(Frozen, frozen=True):
+    """One graph on disk, relative to the bundle, and what is in it."""
+
+    graph: str
+    operators: dict[str, int]
+    """How often each operator stands in the graph, by `domain::name`."""
+    weight_bytes: dict[str, int]
+    """Bytes of weights by storage form; shared bytes count where they were stored first."""
+    kept_in_float: dict[str, str]
+    """Matrices that a plan wanted as integers and that stayed float, with the reason."""
+
+
+class Lowering(Protocol):
+    """One export under way: components go in, files appear in the folder."""
+
+    def add(
+        self, component: Component, program: ExportedProgram, source: WeightSource
+    ) -> LoweredComponent:
+        """Lowers one component; its weights are read, packed and written one by one."""
+
+
+class Target(Protocol):
+    """A named deployment."""
+
+    name: str
+    capabilities: Capabilities
+
+    def check(self, spec: ModelSpec, plan: QuantPlan) -> Sequence[str]:
+        """Every reason why this model cannot be lowered so; empty where it can."""
+
+    def open(self, folder: Path, plan: QuantPlan) -> AbstractContextManager[Lowering]:
+        """Starts an export into an empty folder."""
