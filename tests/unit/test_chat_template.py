@@ -72,9 +72,9 @@ def test_smolvlm_base_ends_turns_with_endoftext() -> None:
 
 
 def test_generation_tags_render_like_their_content(smolvlm: CompiledTemplate) -> None:
-    tagged = SMOLVLM.replace(
-        "{% for line in", "{% generation %}{% for line in", 1
-    ).replace("{% endfor %}<end_of", "{% endfor %}{% endgeneration %}<end_of", 1)
+    tagged = SMOLVLM.replace("{% for line in", "{% generation %}{% for line in", 1).replace(
+        "{% endfor %}<end_of", "{% endfor %}{% endgeneration %}<end_of", 1
+    )
     assert compiled(tagged) == smolvlm
 
 
@@ -229,7 +229,9 @@ def test_what_the_source_shows_is_refused_with_its_line(name: str) -> None:
 
 
 HOSTILE = {
-    "endless loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "endless loop": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    ),
     "endless fold": "{{ 9 ** (9 ** 9) }}",
     "endless calls": (
         "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(99) }}"
