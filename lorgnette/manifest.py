@@ -1,0 +1,151 @@
+"""The manifest of a bundle: everything that a runtime must know, in one JSON file.
+
+No timestamps and no machine's paths: the same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from lorgnette.errors import BundleError
+from lorgnette.recipe import Recipe
+from lorgnette.spec import Frozen, ModelSpec, PromptSpec, TilePreprocess
+
+FORMAT_MAJOR = 1
+FORMAT_MINOR = 0
+KNOWN_REQUIREMENTS: frozenset[str] = frozenset({"tiles"})
+"""What a bundle may ask of its reader; one that asks for more is refused."""
+
+DTYPE_NAMES = Literal["float32", "float16", "uint8", "int32", "int64"]
+
+
+class Format(Frozen, frozen=True):
+    """Version of the bundle format; a reader refuses another major."""
+
+    major: int
+    minor: int
+
+
+class FileEntry(Frozen, frozen=True):
+    """A file of the bundle."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class TensorEntry(Frozen, frozen=True):
+    """An input or output of a graph; a str in the shape names a dynamic axis."""
+
+    name: str
+    dtype: DTYPE_NAMES
+    shape: tuple[int | str, ...]
+
+
+class ComponentEntry(Frozen, frozen=True):
+    """A graph: what it takes, what it gives, what is in it."""
+
+    name: str
+    entry_points: tuple[str, ...]
+    graph: str
+    inputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]
+    cache_inputs: tuple[TensorEntry, ...]
+    cache_outputs: tuple[TensorEntry, ...]
+    operators: dict[str, int]
+    weight_bytes: dict[str, int]
+    kept_in_float: dict[str, str]
+
+
+class RungBounds(Frozen, frozen=True):
+    """How far a scheme may be from the float32 original before a check fails."""
+
+    image_tokens_relative: float
+    """Largest norm of the difference over the norm of the original image tokens."""
+    logits_relative: float
+    """The same for the logits after the prompt."""
+    greedy_ids: Literal["equal", "reported"]
+    """Whether the greedy transcript must be the original's, or is only told."""
+
+
+class GoldenEntry(Frozen, frozen=True):
+    """Where the golden data lies and which bounds it is held to."""
+
+    folder: str
+    against_original: RungBounds
+    against_itself: RungBounds
+    """For the same bundle on another machine or engine version."""
+
+
+class Manifest(Frozen, frozen=True):
+    """The root of `manifest.json`."""
+
+    format: Format
+    requires: tuple[str, ...]
+    producer: dict[str, str]
+    """Names and versions of what made the bundle."""
+    checkpoint: str
+    """Name of the checkpoint's folder."""
+    recipe: Recipe
+    spec: ModelSpec
+    engine: str
+    context_length: int
+    components: tuple[ComponentEntry, ...]
+    preprocess: TilePreprocess
+    prompt: PromptSpec
+    golden: GoldenEntry
+    files: tuple[FileEntry, ...]
+
+    def component(self, name: str) -> ComponentEntry:
+        """The component of a name.
+
+        Raises:
+            BundleError: There is none.
+        """
+        for entry in self.components:
+            if entry.name == name:
+                return entry
+        raise BundleError(f"component '{name}' is missing", where="manifest.json")
+
+
+class _Head(msgspec.Struct):
+    """The part that every version of the format can be asked for."""
+
+    format: Format
+    requires: tuple[str, ...] = ()
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The manifest as indented JSON."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+
+
+def decode_manifest(data: bytes, where: object) -> Manifest:
+    """Reads a manifest strictly, telling a newer one from a broken one.
+
+    Raises:
+        BundleError: It is newer than this reader, or not a manifest.
+    """
+    try:
+        head = msgspec.json.decode(data, type=_Head)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise BundleError("manifest is not valid", where=where, got=error) from error
+    if head.format.major != FORMAT_MAJOR:
+        raise BundleError(
+            "bundle format is not supported",
+            where=where,
+            got=f"version {head.format.major}.{head.format.minor}",
+            wanted=f"{FORMAT_MAJOR}.x",
+            hint="update lorgnette" if head.format.major > FORMAT_MAJOR else "export it again",
+        )
+    unknown = sorted(set(head.requires) - KNOWN_REQUIREMENTS)
+    if unknown:
+        raise BundleError(
+            "bundle needs a newer reader", where=where, got=", ".join(unknown), hint="update lorgnette"
+        )
+    try:
+        return msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise BundleError("manifest is not valid", where=where, got=error) from error
