@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lorgnette.errors import ConfigError
 from lorgnette.export.component import Component
 from lorgnette.export.reference import Reference
 from lorgnette.export.weights import WeightSource
 from lorgnette.manifest import Bounds
 from lorgnette.quantize.plan import QuantPlan
 from lorgnette.runtime.golden import Golden, GoldenText, tiles_digest
-from lorgnette.runtime.preprocess import prepare
+from lorgnette.runtime.preprocess import grid_for, prepare
 from lorgnette.runtime.prompt import ImagePart, Message, encode_prompt, image_slots
 from lorgnette.runtime.tokenizer import Tokenizer
 from lorgnette.runtime.verify import relative_error
@@ -48,6 +49,28 @@ def golden_picture() -> NDArray[np.uint8]:
     return np.stack([red, green, blue], axis=-1).astype(np.uint8)
 
 
+def check_context(parts: Parts, context_length: int) -> None:
+    """Refuses a context in which not even the golden question and its answer have room.
+
+    Raises:
+        ConfigError: Naming the least that would do.
+    """
+    rows, cols = grid_for(*golden_picture().shape[:2], parts.preprocess)
+    needed = len(_golden_prompt(parts, rows, cols)) + GREEDY_TOKENS
+    if context_length < needed:
+        raise ConfigError(
+            "context length is too small for a picture and a short question",
+            got=context_length,
+            wanted=f"{needed} or more",
+            hint="give a larger --context, or a smaller --max-tiles",
+        )
+
+
+def _golden_prompt(parts: Parts, rows: int, cols: int) -> list[int]:
+    message = Message("user", (ImagePart(rows, cols), QUESTION))
+    return encode_prompt(parts.prompt, parts.tokenizer, [message])
+
+
 def bounds_for(plan: QuantPlan) -> Bounds:
     """How far an engine may be from the reference with the same rounded weights.
 
@@ -67,8 +90,7 @@ def make_golden(parts: Parts, plan: QuantPlan, progress: Callable[[str], None]) 
     """Runs the reference on the golden picture, as published and as the plan rounds it."""
     picture = golden_picture()
     tiles = prepare(picture, parts.preprocess)
-    message = Message("user", (ImagePart(tiles.rows, tiles.cols), QUESTION))
-    ids = encode_prompt(parts.prompt, parts.tokenizer, [message])
+    ids = _golden_prompt(parts, tiles.rows, tiles.cols)
     components = {component.name: component for component in parts.components}
     progress("reference, original weights")
     original = Reference(components, parts.sources)

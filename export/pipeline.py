@@ -12,7 +12,7 @@ import torch
 import lorgnette
 from lorgnette.bundle import Bundle, list_files, open_bundle, write_manifest, writing
 from lorgnette.errors import CheckpointError, ConfigError
-from lorgnette.export.check import Parts, bounds_for, make_golden
+from lorgnette.export.check import Parts, bounds_for, check_context, make_golden
 from lorgnette.export.checkpoint import Checkpoint, open_checkpoint
 from lorgnette.export.component import Component, TensorSpec
 from lorgnette.export.families import find_family
@@ -73,6 +73,7 @@ def export(
     plan, target = find_plan(recipe.quant), find_target(recipe.target)
     checkpoint = open_checkpoint(checkpoint_path)
     parts, context_length = read_parts(checkpoint, recipe)
+    check_context(parts, context_length)
     problems = target.check(parts.spec, plan)
     if problems:
         raise ConfigError(f"cannot lower to {target.name}", got="; ".join(problems))
