@@ -494,6 +494,8 @@ def test_a_failed_turn_that_wrote_over_the_last_answer_is_undone(
     with pytest.raises(BundleError, match="the engine failed"):
         chat.send("And?").result()
     assert held(chat)[: len(before)] != before, "the turn was meant to write over the answer"
+    filled = chat._filled
+    assert held(chat)[:filled] == chat._context.ids[:filled], "the cache counts what is not there"
     engine.on_run = lambda count: None
     engine.answer = lambda _: stop
     chat.send("!").result()
