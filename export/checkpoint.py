@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,7 +108,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError("file is missing", where=file)
     try:
         value = json.loads(_bounded(file))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: syntax, encoding, endless numbers
         raise CheckpointError("file is not valid JSON", where=file, got=error) from error
     if not isinstance(value, dict):
         raise CheckpointError(
@@ -134,9 +135,11 @@ def _shard_index(root: Path) -> dict[str, str] | None:
     if not isinstance(index, dict) or not index:
         raise CheckpointError("index has no weight_map", where=file)
     for name, shard in index.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
             raise CheckpointError(
-                f"shard of '{name}' is not a plain file name", where=file, got=repr(shard)
+                f"shard of '{name}' is not the name of a safetensors file beside the index",
+                where=file,
+                got=repr(shard),
             )
     return index
 

@@ -46,7 +46,7 @@ FAKE, GLOBAL, IMAGE = "<fake_token_around_image>", "<global-img>", "<image>"
 def parse(checkpoint: Checkpoint) -> ModelSpec:
     """Reads config.json; a missing key means the default of the transformers class."""
     config = ConfigReader(checkpoint.config, str(checkpoint.path / "config.json"))
-    config.fixed("model_type", *MODEL_TYPES)
+    model_type = config.choice("model_type", *MODEL_TYPES)
     config.ignore(
         {
             "image_seq_len": "follows from the sizes",
@@ -58,10 +58,13 @@ def parse(checkpoint: Checkpoint) -> ModelSpec:
     config.fixed("qk_layer_norms", False)
     spec = ModelSpec(
         family="smolvlm",
-        model_type=checkpoint.config["model_type"],
+        model_type=model_type,
         vision=_parse_vision(config.section("vision_config")),
         text=_parse_text(
-            config.section("text_config"), tied=config.flag("tie_word_embeddings", False)
+            config.section("text_config"),
+            # The defaults of SmolVLMConfig as a whole differ from LlamaConfig's in this one.
+            norm_eps=1e-6 if config.has("text_config") else 1e-5,
+            tied=config.flag("tie_word_embeddings", False),
         ),
         projector_scale=config.integer("scale_factor", 2, most=16),
         image_token_id=config.token_id("image_token_id", 128257),
@@ -96,7 +99,7 @@ def _parse_vision(vision: ConfigReader) -> VisionSpec:
     return spec
 
 
-def _parse_text(text: ConfigReader, *, tied: bool) -> TextSpec:
+def _parse_text(text: ConfigReader, *, norm_eps: float, tied: bool) -> TextSpec:
     text.fixed("model_type", "llama")
     text.fixed("hidden_act", "silu")
     text.fixed("attention_bias", False)
@@ -124,7 +127,7 @@ def _parse_text(text: ConfigReader, *, tied: bool) -> TextSpec:
         vocab_size=text.integer("vocab_size", 32000),
         max_positions=text.integer("max_position_embeddings", 2048),
         rope_theta=read_rope_theta(text),
-        norm_eps=text.number("rms_norm_eps", 1e-6),
+        norm_eps=text.number("rms_norm_eps", norm_eps),
         tied_embeddings=tied,
     )
     text.finish()
@@ -136,6 +139,7 @@ def _check_sizes(spec: ModelSpec, where: str) -> None:
     for fits, what, got in (
         (vision.patch_size <= vision.image_size, "patch_size over image_size", vision.patch_size),
         (vision.hidden_size % vision.heads == 0, "vision width not divisible by heads", vision.heads),
+        (text.hidden_size % text.heads == 0, "decoder width not divisible by heads", text.heads),
         (text.heads % text.kv_heads == 0, "heads not divisible by key/value heads", text.kv_heads),
         (text.head_size % 8 == 0, "head size not a multiple of 8", text.head_size),
         (vision.grid % spec.projector_scale == 0, "patch grid not divisible by scale_factor", vision.grid),
