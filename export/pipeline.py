@@ -190,9 +190,7 @@ def _lower(
     with target.open(folder, plan) as lowering:
         for component in parts.components:
             progress(f"lower {component.name}")
-            lowered.append(
-                lowering.add(component, trace(component), parts.sources[component.name])
-            )
+            lowered.append(lowering.add(component, trace(component), parts.sources[component.name]))
     return lowered
 
 

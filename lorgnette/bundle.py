@@ -75,7 +75,10 @@ def open_bundle(path: str | Path) -> Bundle:
     size = manifest_path.stat().st_size
     if size > MAX_MANIFEST_BYTES:
         raise BundleError(
-            "manifest is too large", where=manifest_path, got=size, wanted=f"<= {MAX_MANIFEST_BYTES}"
+            "manifest is too large",
+            where=manifest_path,
+            got=size,
+            wanted=f"<= {MAX_MANIFEST_BYTES}",
         )
     manifest = decode_manifest(manifest_path.read_bytes(), manifest_path)
     for entry in manifest.files:

@@ -141,7 +141,10 @@ def decode_manifest(data: bytes, where: object) -> Manifest:
     unknown = sorted(set(head.requires) - KNOWN_REQUIREMENTS)
     if unknown:
         raise BundleError(
-            "bundle needs a newer reader", where=where, got=", ".join(unknown), hint="update lorgnette"
+            "bundle needs a newer reader",
+            where=where,
+            got=", ".join(unknown),
+            hint="update lorgnette",
         )
     try:
         return msgspec.json.decode(data, type=Manifest)

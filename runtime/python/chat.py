@@ -131,9 +131,7 @@ class Chat:
             tiles = prepare(load_image(image), manifest.preprocess)
             timings.preprocess += _since(started)
             started = time.perf_counter()
-            picture, fresh = encode_picture(
-                model.engine, tiles, model.pictures, generation.check
-            )
+            picture, fresh = encode_picture(model.engine, tiles, model.pictures, generation.check)
             tiles_run += len(tiles.pixels) if fresh else 0
             pictures.append(picture)
             timings.vision += _since(started)

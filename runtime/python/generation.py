@@ -12,6 +12,8 @@ from typing import Literal
 from lorgnette.errors import RequestError
 from lorgnette.runtime.sampler import SamplingParams
 
+GREEDY = SamplingParams()
+
 FinishReason = Literal["stop", "stop_string", "length", "context_full", "cancelled"]
 
 
@@ -27,7 +29,7 @@ class Request:
     """
 
     max_new_tokens: int = 256
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = GREEDY
     stop: tuple[str, ...] = ()
     allow_special_text: bool = False
 
@@ -83,7 +85,7 @@ class Result:
         return steps / self.timings.decode * 1e3 if steps > 0 and self.timings.decode else 0.0
 
 
-class Cancelled(Exception):  # noqa: N818  (a signal, not an error)
+class Cancelled(Exception):  # a signal, not an error
     """Raised inside a generation to leave it."""
 
 
@@ -94,7 +96,9 @@ class Generation(Iterator[str]):
     """
 
     def __init__(
-        self, produce: Callable[[Generation], GeneratorType[str, None, None]], release: Callable[[], None]
+        self,
+        produce: Callable[[Generation], GeneratorType[str, None, None]],
+        release: Callable[[], None],
     ) -> None:
         """Takes the producer; nothing runs until the first piece is asked for."""
         self._cancelled = threading.Event()

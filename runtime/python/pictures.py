@@ -96,8 +96,6 @@ def encode_picture(
         check()
         parts.append(engine.encode(tiles.pixels[start : start + TILES_PER_CALL]))
     tokens = np.concatenate(parts)
-    picture = EncodedPicture(
-        tokens.reshape(-1, tokens.shape[-1]), tiles.rows, tiles.cols
-    )
+    picture = EncodedPicture(tokens.reshape(-1, tokens.shape[-1]), tiles.rows, tiles.cols)
     cache.put(key, picture)
     return picture, True

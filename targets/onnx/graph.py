@@ -192,7 +192,10 @@ class GraphBuilder:
 
     def _add_initializer(self, name: str, tensor: ir.TensorProtocol) -> None:
         self._initializers[name] = ir.Value(
-            name=name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype)
+            name=name,
+            const_value=tensor,
+            shape=ir.Shape(tensor.shape),
+            type=ir.TensorType(tensor.dtype),
         )
 
 

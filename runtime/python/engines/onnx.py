@@ -147,10 +147,12 @@ def _check_interface(
         wanted = [(tensor.name, list(tensor.shape)) for tensor in promised]
         got = [(value.name, list(value.shape)) for value in actual]
         if wanted != got:
-            differing = next((pair for pair in zip(got, wanted, strict=False) if pair[0] != pair[1]), None)
+            counts = (f"{len(got)} tensors", f"{len(wanted)} tensors")
+            pairs = zip(got, wanted, strict=False)
+            differing = next((pair for pair in pairs if pair[0] != pair[1]), counts)
             raise BundleError(
                 "graph is not what the manifest says",
                 where=path,
-                got=differing[0] if differing else f"{len(got)} tensors",
-                wanted=differing[1] if differing else f"{len(wanted)} tensors",
+                got=differing[0],
+                wanted=differing[1],
             )
