@@ -120,7 +120,7 @@ def resize_planes(planes: Pixels, height: int, width: int, filter: Filter) -> Pi
 
 
 class _Block(NamedTuple):
-    """Some neighbouring outputs and the range of inputs that they read.
+    """Some neighbouring outputs and the range of inputs that they read, equally long for all.
 
     `weights` is float64[outputs, inputs + 1]; the last column is 1 and meets an input of 0.5.
     """
@@ -137,29 +137,27 @@ def _horizontal(planes: Pixels, width: int, filter: Filter) -> Pixels:
     height, channels, source_width = planes.shape
     outputs = _BLOCK_ENLARGING_ROWS if width > source_width else _BLOCK
     blocks = _blocks(source_width, width, filter, outputs)
-    support = max(block.weights.shape[1] for block in blocks)
+    support = blocks[0].weights.shape[1]
     most = max(1, min(_ROWS, _SCRATCH_ELEMENTS // (support + outputs)) // channels)
     step = _even(height, most)
     size = _even(step * channels, _ONE_THREAD // (outputs * support))
     parts = math.ceil(step * channels / size)
-    scratch = np.zeros(parts * size * support)
-    sums = np.empty(parts * size * outputs)
-    whole = np.empty(step * channels * outputs, np.int16)
+    values = np.zeros((parts, size, support))
+    values[:, :, -1] = 0.5
+    sums = np.empty((parts, size, outputs))
+    whole = np.empty((step * channels, outputs), np.int16)
     out = np.empty((height, channels, width), np.uint8)
     for top in range(0, height, step):
         # Costs nothing where the rows are contiguous already.
         rows = np.ascontiguousarray(planes[top : top + step]).reshape(-1, source_width)
         target = out[top : top + step].reshape(-1, width)
+        count = len(rows)
         for first_out, end_out, first_in, end_in, weights in blocks:
-            count, inputs = weights.shape
-            values = scratch[: parts * size * inputs].reshape(parts, size, inputs)
-            flat = values.reshape(-1, inputs)[: len(rows)]
-            flat[:, :-1] = rows[:, first_in:end_in]
-            flat[:, -1] = 0.5
-            result = sums[: parts * size * count].reshape(parts, size, count)
-            np.matmul(values, weights.T, out=result)
-            rounded = whole[: len(rows) * count].reshape(-1, count)
-            _store(result.reshape(-1, count)[: len(rows)], rounded, target[:, first_out:end_out])
+            used = end_out - first_out
+            values.reshape(-1, support)[:count, :-1] = rows[:, first_in:end_in]
+            np.matmul(values, weights.T, out=sums[:, :, :used])
+            result = sums.reshape(-1, outputs)[:count, :used]
+            _store(result, whole[:count, :used], target[:, first_out:end_out])
     return out
 
 
@@ -172,30 +170,27 @@ def _vertical(planes: Pixels, out: Pixels, blocks: tuple[_Block, ...]) -> None:
     target = out.reshape(len(out), -1)
     top_in, top_out = blocks[0].first_in, blocks[0].first_out
     columns = matrix.shape[1]
-    support = max(block.weights.shape[1] for block in blocks)
+    support = blocks[0].weights.shape[1]
     step = _even(columns, min(_COLUMNS, _SCRATCH_ELEMENTS // (support + _BLOCK)))
     size = _even(step, _ONE_THREAD // (_BLOCK * support))
     parts = math.ceil(step / size)
-    scratch = np.zeros(support * parts * size)
-    sums = np.empty(_BLOCK * parts * size)
-    whole = np.empty(_BLOCK * step, np.int16)
+    values = np.zeros((support, parts * size))
+    values[-1] = 0.5
+    sums = np.empty((_BLOCK, parts * size))
+    whole = np.empty((_BLOCK, step), np.int16)
     for left in range(0, columns, step):
         width = min(step, columns - left)
         inside = slice(left, left + width)
         for first_out, end_out, first_in, end_in, weights in blocks:
-            count, inputs = weights.shape
-            values = scratch[: inputs * parts * size].reshape(inputs, parts * size)
+            used = end_out - first_out
             values[:-1, :width] = matrix[first_in - top_in : end_in - top_in, inside]
-            values[-1, :width] = 0.5
-            result = sums[: count * parts * size].reshape(count, parts * size)
             np.matmul(
                 weights,
-                values.reshape(inputs, parts, size).transpose(1, 0, 2),
-                out=result.reshape(count, parts, size).transpose(1, 0, 2),
+                values.reshape(support, parts, size).transpose(1, 0, 2),
+                out=sums[:used].reshape(used, parts, size).transpose(1, 0, 2),
             )
-            rounded = whole[: count * width].reshape(count, width)
-            lines = slice(first_out - top_out, end_out - top_out)
-            _store(result[:, :width], rounded, target[lines, inside])
+            lines = target[first_out - top_out : end_out - top_out, inside]
+            _store(sums[:used, :width], whole[:used, :width], lines)
 
 
 def _even(length: int, most: int) -> int:
@@ -221,19 +216,22 @@ def _blocks(source: int, target: int, filter: Filter, outputs: int) -> tuple[_Bl
     """The resampling of `source` pixels to `target` as blocks of `outputs` outputs each."""
     first, weights = coefficients(source, target, filter)
     inputs = first[:, None] + np.arange(weights.shape[1])
-    blocks = []
-    for start in range(0, target, outputs):
-        stop = min(start + outputs, target)
-        low, high = int(first[start]), min(int(inputs[stop - 1, -1]) + 1, source)
-        dense = np.zeros((stop - start, high - low + 1))
-        # Inputs past the end weigh nothing; they fall on the last column, which is set below.
-        places = np.minimum(inputs[start:stop] - low, high - low)
-        dense[np.arange(stop - start)[:, None], places] = weights[start:stop]
-        dense /= 1 << PRECISION_BITS
-        dense[:, -1] = 1.0
-        dense.setflags(write=False)
-        blocks.append(_Block(start, stop, low, high, dense))
-    return tuple(blocks)
+    starts = np.arange(0, target, outputs)
+    stops = np.minimum(starts + outputs, target)
+    low = first[starts]
+    width = int((np.minimum(inputs[stops - 1, -1] + 1, source) - low).max())
+    # Blocks at the end read further back than they need to, so that all are of one width.
+    low = np.minimum(low, source - width)
+    places = inputs - np.repeat(low, outputs)[:target, None]
+    dense = np.zeros((target, width + 1))
+    # Inputs past the end weigh nothing; they fall on the last column, which is set after.
+    dense[np.arange(target)[:, None], np.minimum(places, width)] = weights / (1 << PRECISION_BITS)
+    dense[:, -1] = 1.0
+    dense.setflags(write=False)
+    return tuple(
+        _Block(start, stop, first_in, first_in + width, dense[start:stop])
+        for start, stop, first_in in zip(starts.tolist(), stops.tolist(), low.tolist(), strict=True)
+    )
 
 
 def coefficients(
