@@ -62,7 +62,7 @@ class Checkpoint:
         import torch
 
         info = self.tensors[name]
-        tensor: torch.Tensor = self._shards[info.shard].get_tensor(name)
+        tensor: torch.Tensor = self._shards[info.shard].get_tensor(name)  # type: ignore[no-untyped-call]
         return tensor.to(torch.float32, copy=True)
 
 

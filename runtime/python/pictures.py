@@ -69,7 +69,7 @@ class PictureCache:
 def content_key(tiles: Tiles) -> bytes:
     """A digest of what the vision encoder would see."""
     digest = hashlib.sha256(f"{tiles.rows}x{tiles.cols}".encode())
-    digest.update(memoryview(tiles.pixels).cast("B"))
+    digest.update(tiles.pixels.data)
     return digest.digest()
 
 

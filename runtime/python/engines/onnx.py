@@ -57,13 +57,13 @@ class OnnxEngine:
 
     def encode(self, tiles: Tiles) -> Float:
         """Image tokens of a batch of tiles. Shapes: uint8 `[G, 3, edge, edge]` to `[G, N, D]`."""
-        (image_tokens,) = self._vision.run(None, {"tiles": tiles})
+        image_tokens: Float = self._vision.run(None, {"tiles": tiles})[0]
         return image_tokens
 
     def embed(self, token_ids: NDArray[np.int64]) -> Float:
         """Embeddings of tokens. Shapes: `[T]` to `[T, D]`."""
-        (embeddings,) = self._embedding.run(None, {"token_ids": token_ids[None]})
-        return embeddings[0]
+        embeddings: Float = self._embedding.run(None, {"token_ids": token_ids[None]})[0]
+        return embeddings[0]  # type: ignore[no-any-return]
 
     def new_state(self) -> OnnxDecoderState:
         """An empty KV cache of the bundle's context length."""
@@ -107,7 +107,7 @@ class OnnxDecoderState:
         bound = np.ascontiguousarray(embeddings[None])
         self._bind_input("embeddings", bound)
         self._session.run_with_iobinding(self._binding)
-        return self._logits[0]
+        return self._logits[0]  # type: ignore[no-any-return]
 
     def _bind_input(self, name: str, array: NDArray[np.generic]) -> None:
         self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
