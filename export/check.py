@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lorgnette.errors import ConfigError
 from lorgnette.export.component import Component
 from lorgnette.export.reference import Reference
 from lorgnette.export.weights import WeightSource
@@ -63,13 +64,38 @@ def bounds_for(plan: QuantPlan) -> Bounds:
     )
 
 
-def make_golden(parts: Parts, plan: QuantPlan, progress: Callable[[str], None]) -> Golden:
-    """Runs the reference on the golden picture, as published and as the plan rounds it."""
-    picture = golden_picture()
+def make_golden(
+    parts: Parts,
+    plan: QuantPlan,
+    progress: Callable[[str], None],
+    picture: NDArray[np.uint8] | None = None,
+    question: str = QUESTION,
+) -> Golden:
+    """Runs the reference on a picture, as published and as the plan rounds it.
+
+    Args:
+        parts: The parsed checkpoint.
+        plan: How the weights are rounded.
+        progress: Told about each step.
+        picture: uint8 `[H, W, 3]`; None takes the golden picture.
+        question: The text behind the picture.
+
+    Raises:
+        ConfigError: Picture, question and answer do not fit the context length.
+    """
+    picture = golden_picture() if picture is None else picture
     tiles = prepare(picture, parts.preprocess)
-    message = Message("user", (ImagePart(tiles.rows, tiles.cols), QUESTION))
+    message = Message("user", (ImagePart(tiles.rows, tiles.cols), question))
     ids = encode_prompt(parts.prompt, parts.tokenizer, [message])
     components = {component.name: component for component in parts.components}
+    capacity = components["decoder"].dynamic_axes["S"][1]
+    if len(ids) + GREEDY_TOKENS > capacity:
+        raise ConfigError(
+            "the picture that the bundle is verified with does not fit the context",
+            got=f"{len(ids)} tokens and {GREEDY_TOKENS} of an answer",
+            wanted=f"at most {capacity}",
+            hint="use a larger context or a smaller --max-tiles",
+        )
     progress("reference, original weights")
     original = Reference(components, parts.sources)
     image_tokens, logits, greedy = _run(original, parts, tiles.pixels, ids, GREEDY_TOKENS)
@@ -80,7 +106,7 @@ def make_golden(parts: Parts, plan: QuantPlan, progress: Callable[[str], None]) 
         rounded = Reference(components, parts.sources, plan)
         rounded_tokens, rounded_logits, _ = _run(rounded, parts, tiles.pixels, ids, 1)
     text = GoldenText(
-        question=QUESTION,
+        question=question,
         tiles_sha256=tiles_digest(tiles),
         rows=tiles.rows,
         cols=tiles.cols,
