@@ -35,11 +35,12 @@ MODEL_TYPES = ("idefics3", "smolvlm")
 IGNORED_TENSORS: Mapping[str, str] = {
     r"model\.text_model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "recomputed from the config",
     r"model\.vision_model\.embeddings\.position_ids": "always the identity here",
-    r"lm_head\.weight": "the embedding, where the config ties them; otherwise it is read",
+    r"lm_head\.weight": "equal to the embedding, where the config ties them; otherwise it is read",
 }
 
 MAX_TILES = 64  # tiles of one vision call; a picture has 17 at most at the published sizes
 RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
+HEAD, EMBEDDING = "lm_head.weight", "model.text_model.embed_tokens.weight"
 FAKE, GLOBAL, IMAGE = "<fake_token_around_image>", "<global-img>", "<image>"
 
 
@@ -64,7 +65,7 @@ def parse(checkpoint: Checkpoint) -> ModelSpec:
             config.section("text_config"),
             # The defaults of SmolVLMConfig as a whole differ from LlamaConfig's in this one.
             norm_eps=1e-6 if config.has("text_config") else 1e-5,
-            tied=config.flag("tie_word_embeddings", False),
+            tied=config.flag("tie_word_embeddings", False) and not _has_own_head(checkpoint),
         ),
         projector_scale=config.integer("scale_factor", 2, most=16),
         image_token_id=config.token_id("image_token_id", 128257),
@@ -72,6 +73,16 @@ def parse(checkpoint: Checkpoint) -> ModelSpec:
     config.finish()
     _check_sizes(spec, config.where)
     return spec
+
+
+def _has_own_head(checkpoint: Checkpoint) -> bool:
+    """Whether a head is stored that is not the embedding: it counts, whatever the config says.
+
+    Source: transformers 5.23, `PreTrainedModel.tie_weights`.
+    """
+    if not {HEAD, EMBEDDING} <= checkpoint.tensors.keys():
+        return False
+    return not torch.equal(checkpoint.read(HEAD), checkpoint.read(EMBEDDING))
 
 
 def _parse_vision(vision: ConfigReader) -> VisionSpec:
