@@ -1,5 +1,28 @@
-"""lorgnette: compiles small vision-language models for edge and mobile devices."""
+"""lorgnette: compiles small vision-language models for edge and mobile devices.
+
+    import lorgnette
+
+    model = lorgnette.open("smolvlm.lorg")
+    for piece in model.generate("photo.jpg", "What is in this picture?"):
+        print(piece, end="", flush=True)
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lorgnette.runtime.model import Model
+
 __version__ = "0.1.0"
+__all__ = ["__version__", "open"]
+
+
+def open(path: str | Path, *, threads: int | None = None) -> Model:  # noqa: A001  (lorgnette.open)
+    """Opens a bundle, ready to answer: see `lorgnette.runtime.model.open_model`."""
+    # Here and not at the top: importing the package must stay cheap.
+    from lorgnette.runtime.model import open_model
+
+    return open_model(path, threads=threads)

@@ -59,24 +59,22 @@ class ComponentEntry(Frozen, frozen=True):
     kept_in_float: dict[str, str]
 
 
-class RungBounds(Frozen, frozen=True):
-    """How far a scheme may be from the float32 original before a check fails."""
+class Bounds(Frozen, frozen=True):
+    """How far a bundle may be from the reference, which has the same weights in float32."""
 
-    image_tokens_relative: float
-    """Largest norm of the difference over the norm of the original image tokens."""
-    logits_relative: float
-    """The same for the logits after the prompt."""
-    greedy_ids: Literal["equal", "reported"]
-    """Whether the greedy transcript must be the original's, or is only told."""
+    image_tokens: float
+    """Largest norm of the difference over the norm of the reference, tile by tile."""
+    logits: float
+    """The same for the logits behind the prompt."""
+    greedy_ids_equal: bool
+    """Whether the greedy answer must be the original's, token for token."""
 
 
 class GoldenEntry(Frozen, frozen=True):
     """Where the golden data lies and which bounds it is held to."""
 
     folder: str
-    against_original: RungBounds
-    against_itself: RungBounds
-    """For the same bundle on another machine or engine version."""
+    bounds: Bounds
 
 
 class Manifest(Frozen, frozen=True):

@@ -13,7 +13,7 @@ def rtn_group(group: NDArray[np.float32], bits: int) -> tuple[list[int], np.floa
         The codes, 0 .. 2**bits - 1, and the scale.
     """
     half = 2 ** (bits - 1)
-    extreme = max(group, key=lambda value: abs(float(value)))
+    extreme = max(group, key=lambda value: (abs(float(value)), float(value)))
     scale = np.float32(extreme) / np.float32(-half)
     if scale == 0 or not np.isfinite(np.float32(1) / scale):
         return [half] * len(group), scale

@@ -160,7 +160,8 @@ def naive_choice(scores: Logits, uniform: float, top_k: int, top_p: float) -> in
     for i in order if len(order) < size else range(size):
         mass += weight[i]
     if top_p < 1:
-        kept, before = [], 0.0
+        kept: list[int] = []
+        before = 0.0
         for i in order:
             if kept and before >= top_p * mass:
                 break
@@ -256,7 +257,7 @@ def test_the_same_seed_repeats_and_another_does_not() -> None:
     assert draw(1) == draw(1) != draw(2)
 
 
-def test_the_draw_at_the_very_end_is_the_last_id_with_a_weight(
+def test_draws_at_the_edges(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(SplitMix64, "uniform", lambda self: 1.0)  # beyond what rounding can do
@@ -265,6 +266,9 @@ def test_the_draw_at_the_very_end_is_the_last_id_with_a_weight(
     assert Sampler(SamplingParams(1.0, top_k=2), 4).next(logits, []) == 3
     monkeypatch.setattr(SplitMix64, "uniform", lambda self: 0.0)
     assert Sampler(SamplingParams(1.0), 4).next(logits, []) == 0
+    # A running sum must exceed the drawn point; meeting it is not enough.
+    monkeypatch.setattr(SplitMix64, "uniform", lambda self: 0.5)
+    assert Sampler(SamplingParams(1.0), 2).next(np.zeros(2, dtype=np.float32), []) == 1
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

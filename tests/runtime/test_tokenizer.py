@@ -42,7 +42,7 @@ def oracle(source: bytes) -> tokenizers.Tokenizer:
 @pytest.fixture(scope="module")
 def byte_ids(oracle: tokenizers.Tokenizer) -> list[int]:
     """The 256 tokens that are single bytes."""
-    return [i for i in range(oracle.get_vocab_size()) if len(oracle.id_to_token(i)) == 1]
+    return [i for i in range(oracle.get_vocab_size()) if len(oracle.id_to_token(i) or "") == 1]
 
 
 def streamed(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
@@ -117,10 +117,10 @@ def test_every_byte_pair_streams_exactly(tokenizer: Tokenizer, byte_ids: list[in
 
 
 def test_a_character_comes_whole_and_special_tokens_do_not_split_it(
-    tokenizer: Tokenizer, oracle: tokenizers.Tokenizer
+    tokenizer: Tokenizer,
 ) -> None:
     stream = tokenizer.stream()
-    byte = [oracle.token_to_id(c) for c in "ðŁĺĢ"]  # F0 9F 98 80, a smiling face
+    byte = [tokenizer.token_id(c) for c in "ðŁĺĢ"]  # F0 9F 98 80, a smiling face
     assert [stream.push(i) for i in [*byte[:2], END, *byte[2:]]] == ["", "", "", "", "😀"]
     assert stream.push(byte[0]) == ""
     assert stream.finish() == "\ufffd"
@@ -135,7 +135,7 @@ def test_an_added_token_outside_the_byte_alphabet_stands_for_itself(source: byte
     assert streamed(wrapped, ids) == wrapped.decode(ids) == "a two words é日 b"
 
 
-LLAMA = {
+LLAMA: dict[str, Any] = {
     "version": "1.0",
     "added_tokens": [],
     "normalizer": None,
@@ -210,7 +210,7 @@ def changed(source: bytes, **changes: Any) -> bytes:
         (json.dumps(LLAMA | {"decoder": None}).encode(), "decoder"),
         (json.dumps(LLAMA | {"decoder": {"type": "Fuse"}}).encode(), "decoder"),
         (
-            json.dumps(LLAMA | {"model": LLAMA["model"] | {"dropout": 0.1}}).encode(),  # type: ignore[operator]
+            json.dumps(LLAMA | {"model": LLAMA["model"] | {"dropout": 0.1}}).encode(),
             "dropout",
         ),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -69,6 +70,34 @@ def test_smolvlm_compiles_to_its_published_text(smolvlm: CompiledTemplate) -> No
 def test_smolvlm_base_ends_turns_with_endoftext() -> None:
     base = compiled(SMOLVLM_BASE)
     assert base.turns["user"] == turn("User: ", "User:", "<|endoftext|>\n")
+
+
+# The same with every block on a line of its own: line ends and indents around blocks are no text.
+SMOLVLM_LINES = """\
+<|im_start|>{% for message in messages %}
+    {% set first = message['content'][0] %}
+{{message['role'] | capitalize}}{% if first['type'] == 'image' %}
+{{':'}}
+    {%- else %}
+{{': '}}
+    {%- endif %}
+    {% for line in message['content'] %}
+        {% if line['type'] == 'text' %}
+{{line['text']}}
+        {%- elif line['type'] == 'image' %}
+{{ '<image>' }}
+        {%- endif %}
+    {% endfor %}
+<end_of_utterance>
+{% endfor %}
+{% if add_generation_prompt %}
+Assistant:
+    {%- endif %}
+"""
+
+
+def test_line_ends_around_blocks_are_no_text(smolvlm: CompiledTemplate) -> None:
+    assert compiled(SMOLVLM_LINES) == smolvlm
 
 
 def test_generation_tags_render_like_their_content(smolvlm: CompiledTemplate) -> None:
@@ -142,9 +171,10 @@ def test_segments_equal_transformers_on_any_conversation(
         }
         for message in messages
     ]
-    (wanted,), _ = render_jinja_template(
+    rendered: Any = render_jinja_template(
         conversations=[chat], chat_template=SMOLVLM, add_generation_prompt=generation
     )
+    wanted = rendered[0][0]
     assert joined(prompt_pieces(prompt_spec(smolvlm), messages, generation)) == wanted
 
 
@@ -247,13 +277,21 @@ HOSTILE = {
     "attribute by name": "{{ messages['__class__']['__mro__'] }}",
     "changes messages": "{{ messages.append(1) }}",
 }
+HOSTILE_ENDS = {
+    "endless loop": "does not finish",
+    "endless fold": "does not finish",
+    "endless calls": "does not finish",
+    "huge output": "too much text",
+    "endless recursion": "too deep",
+    "deep nesting": "too deep",
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_templates_end_in_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_render, "CPU_SECONDS", 1)
     begun = time.monotonic()
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=HOSTILE_ENDS.get(name)):
         compiled(HOSTILE[name])
     assert time.monotonic() - begun < 30
 

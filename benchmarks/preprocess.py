@@ -1,0 +1,147 @@
+"""Times our preprocessing against Pillow and against transformers' image processor.
+
+    python benchmarks/preprocess.py [--rounds N] [--size WIDTHxHEIGHT ...] [--tile 512|384] [--json]
+
+Three comparisons a picture, each timed in turns so that a busy machine slows both sides alike;
+medians, and reference time over ours (above 1: ours is faster):
+
+* `resize`: the resizes alone. Ours makes the tiles of them as well; Pillow's start and end as
+  Pillow pictures, with no array made.
+* `first`: the same with no coefficients kept, as for the first picture of a size.
+* `values`: picture to normalised float32, against the processor's whole call.
+
+The answers are compared before anything is timed. Set OMP_NUM_THREADS=1 for one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+from lorgnette.runtime import resample
+from lorgnette.runtime.preprocess import _longest_edge_size, _whole_tiles, pixel_values, prepare
+from lorgnette.spec import TilePreprocess
+
+SIZES = ("640x427", "3000x2000", "448x172")
+Pair = tuple[Callable[[], object], Callable[[], object]]
+
+
+def spec_for(tile: int) -> TilePreprocess:
+    """The published preprocessing of the models with tiles of that size."""
+    half = (0.5, 0.5, 0.5)
+    return TilePreprocess(
+        tile_size=tile,
+        longest_edge=4 * tile,
+        split=True,
+        resample="lanczos",
+        rescale=1 / 255,
+        mean=half,
+        std=half,
+    )
+
+
+def picture(width: int, height: int) -> resample.Pixels:
+    """Smooth colours with noise: neither flat nor only noise."""
+    y, x = np.mgrid[:height, :width]
+    waves = np.stack([np.sin(x / 40), np.cos(y / 30), np.sin((x + y) / 50)], axis=-1) * 100 + 128
+    noise = np.random.default_rng(0).normal(0, 20, waves.shape)
+    return np.clip(waves + noise, 0, 255).astype(np.uint8)
+
+
+def pillow_resizes(image: Image.Image, spec: TilePreprocess) -> Image.Image:
+    """The three resizes of the reference, by Pillow alone."""
+    for size in sizes_of(image, spec):
+        image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    return image
+
+
+def sizes_of(image: Image.Image, spec: TilePreprocess) -> list[tuple[int, int]]:
+    """Heights and widths that the picture passes through."""
+    first = _longest_edge_size(image.height, image.width, spec.longest_edge)
+    whole = _whole_tiles(*first, spec.tile_size)
+    return [first, whole, (spec.tile_size, spec.tile_size)]
+
+
+def pairs_for(pixels: resample.Pixels, spec: TilePreprocess) -> dict[str, Pair]:
+    """What is timed: ours and the reference, by name."""
+    image = Image.fromarray(pixels)
+    processor = Idefics3ImageProcessorPil(
+        size={"longest_edge": spec.longest_edge},
+        max_image_size={"longest_edge": spec.tile_size},
+        image_mean=list(spec.mean),
+        image_std=list(spec.std),
+    )
+
+    def first() -> object:
+        resample._blocks.cache_clear()
+        return prepare(pixels, spec)
+
+    def values() -> object:
+        return pixel_values(prepare(pixels, spec).pixels, spec)
+
+    def reference() -> object:
+        return processor(images=[image], return_tensors="np").pixel_values[0]
+
+    if not np.array_equal(np.asarray(values()), np.asarray(reference())):
+        raise SystemExit("ours and the reference differ: nothing to time")
+
+    def pillow() -> object:
+        return pillow_resizes(image, spec)
+
+    return {
+        "resize": (lambda: prepare(pixels, spec), pillow),
+        "first": (first, pillow),
+        "values": (values, reference),
+    }
+
+
+def time_in_turns(pair: Pair, rounds: int) -> tuple[float, float]:
+    """Median milliseconds of both, one after the other in each round, first each warmed up once."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for number in range(rounds + 1):
+        for call, kept in zip(pair, times, strict=True):
+            start = time.perf_counter()
+            call()
+            if number:
+                kept.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def main() -> None:
+    """Prints one line a picture and comparison."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--size", nargs="*", default=SIZES, metavar="WIDTHxHEIGHT")
+    parser.add_argument("--tile", type=int, default=512)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    spec, results = spec_for(options.tile), []
+    for size in options.size:
+        width, height = map(int, size.split("x"))
+        for name, pair in pairs_for(picture(width, height), spec).items():
+            ours, reference = time_in_turns(pair, options.rounds)
+            results.append(
+                {"size": size, "what": name, "ours_ms": ours, "reference_ms": reference}
+            )
+    if options.json:
+        print(json.dumps({"threads": os.environ.get("OMP_NUM_THREADS"), "results": results}))
+        return
+    print(f"{'picture':>10} {'what':>7} {'ours ms':>9} {'reference ms':>13} {'ratio':>6}")
+    for row in results:
+        ratio = float(row["reference_ms"]) / float(row["ours_ms"])
+        print(
+            f"{row['size']:>10} {row['what']:>7} {row['ours_ms']:9.1f} "
+            f"{row['reference_ms']:13.1f} {ratio:6.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

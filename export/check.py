@@ -1,0 +1,108 @@
+"""Golden data from the reference: what the parity ladder compares with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorgnette.export.component import Component
+from lorgnette.export.reference import Reference
+from lorgnette.export.weights import WeightSource
+from lorgnette.manifest import Bounds
+from lorgnette.quantize.plan import QuantPlan
+from lorgnette.runtime.golden import Golden, GoldenText, tiles_digest
+from lorgnette.runtime.preprocess import prepare
+from lorgnette.runtime.prompt import ImagePart, Message, encode_prompt, image_slots
+from lorgnette.runtime.tokenizer import Tokenizer
+from lorgnette.runtime.verify import relative_error
+from lorgnette.spec import ModelSpec, PromptSpec, TilePreprocess
+
+QUESTION = "What do you see?"
+GREEDY_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that is known of a checkpoint once it is parsed."""
+
+    spec: ModelSpec
+    preprocess: TilePreprocess
+    prompt: PromptSpec
+    tokenizer: Tokenizer
+    components: tuple[Component, ...]
+    sources: Mapping[str, WeightSource]
+
+
+def golden_picture() -> NDArray[np.uint8]:
+    """A wide picture of 96 x 20 pixels with edges, ramps and every level of each colour.
+
+    Wide, so that it takes the tiling path with few tiles.
+    """
+    row, column = np.mgrid[0:20, 0:96]
+    red = (column * 255) // 95
+    green = ((row // 4 + column // 8) % 2) * 255
+    blue = (row * column * 7 + 31 * row) % 256
+    return np.stack([red, green, blue], axis=-1).astype(np.uint8)
+
+
+def bounds_for(plan: QuantPlan) -> Bounds:
+    """How far an engine may be from the reference with the same rounded weights.
+
+    What is left is the order of float32 sums, and, where activations are rounded to 8 bits, that
+    rounding. Measured on the published shapes and on the trained checkpoints, then given a margin
+    of about three.
+    """
+    rounded = any(scheme.int8_activations for _, scheme in plan.rules)
+    return Bounds(
+        image_tokens=1e-3,
+        logits=0.15 if rounded else 1e-3,
+        greedy_ids_equal=plan.name == "fp32",
+    )
+
+
+def make_golden(parts: Parts, plan: QuantPlan, progress: Callable[[str], None]) -> Golden:
+    """Runs the reference on the golden picture, as published and as the plan rounds it."""
+    picture = golden_picture()
+    tiles = prepare(picture, parts.preprocess)
+    message = Message("user", (ImagePart(tiles.rows, tiles.cols), QUESTION))
+    ids = encode_prompt(parts.prompt, parts.tokenizer, [message])
+    components = {component.name: component for component in parts.components}
+    progress("reference, original weights")
+    original = Reference(components, parts.sources)
+    image_tokens, logits, greedy = _run(original, parts, tiles.pixels, ids, GREEDY_TOKENS)
+    del original
+    rounded_tokens, rounded_logits = image_tokens, logits
+    if plan.name != "fp32":
+        progress("reference, rounded weights")
+        rounded = Reference(components, parts.sources, plan)
+        rounded_tokens, rounded_logits, _ = _run(rounded, parts, tiles.pixels, ids, 1)
+    text = GoldenText(
+        question=QUESTION,
+        tiles_sha256=tiles_digest(tiles),
+        rows=tiles.rows,
+        cols=tiles.cols,
+        prompt_ids=tuple(ids),
+        original_greedy_ids=tuple(greedy),
+        rounding_image_tokens=relative_error(rounded_tokens, image_tokens),
+        rounding_logits=relative_error(rounded_logits, logits),
+    )
+    return Golden(text, picture, rounded_tokens, rounded_logits)
+
+
+def _run(
+    reference: Reference,
+    parts: Parts,
+    tiles: NDArray[np.uint8],
+    ids: Sequence[int],
+    count: int,
+) -> tuple[NDArray[np.float32], NDArray[np.float32], list[int]]:
+    """Image tokens, logits behind the prompt, and greedy ids."""
+    image_tokens = reference.encode(tiles)
+    embeddings = reference.embed(ids).copy()
+    slots = image_slots(ids, parts.spec.image_token_id)
+    embeddings[slots] = image_tokens.reshape(len(slots), -1)
+    logits, greedy = reference.generate(embeddings, count, parts.prompt.stop_token_ids)
+    return image_tokens, logits, greedy

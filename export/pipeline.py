@@ -1,0 +1,227 @@
+"""export(recipe) -> bundle: the steps, in order."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import torch
+
+import lorgnette
+from lorgnette.bundle import Bundle, list_files, open_bundle, write_manifest, writing
+from lorgnette.errors import CheckpointError, ConfigError
+from lorgnette.export.check import Parts, bounds_for, make_golden
+from lorgnette.export.checkpoint import Checkpoint, open_checkpoint
+from lorgnette.export.component import Component, TensorSpec
+from lorgnette.export.families import find_family
+from lorgnette.export.trace import build_module, trace
+from lorgnette.export.weights import WeightSource, check_all_used, module_shapes
+from lorgnette.manifest import (
+    FORMAT_MAJOR,
+    FORMAT_MINOR,
+    ComponentEntry,
+    Format,
+    GoldenEntry,
+    Manifest,
+    TensorEntry,
+)
+from lorgnette.quantize.plan import QuantPlan, find_plan
+from lorgnette.recipe import Recipe
+from lorgnette.runtime.golden import write_golden
+from lorgnette.runtime.model import TOKENIZER, Model
+from lorgnette.runtime.preprocess import longest_edge_for_max_tiles
+from lorgnette.runtime.tokenizer import Tokenizer
+from lorgnette.runtime.verify import Ladder, verify
+from lorgnette.spec import ModelSpec, TilePreprocess
+from lorgnette.targets import find_target
+from lorgnette.targets.target import LoweredComponent, Target
+
+DEFAULT_CONTEXT = 8192
+GOLDEN = "golden"
+
+Progress = Callable[[str], None]
+"""Called at the start of each step with its name."""
+
+
+def export(
+    checkpoint_path: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    replace: bool = False,
+    progress: Progress = lambda step: None,
+) -> tuple[Bundle, Ladder]:
+    """Makes a bundle, and refuses to if it does not give the original's answer.
+
+    Args:
+        checkpoint_path: A checkpoint directory in the published layout.
+        out: Where the bundle goes; ends in `.lorg`.
+        recipe: What is asked for.
+        replace: Whether a bundle at `out` may be replaced.
+        progress: Told about each step.
+
+    Returns:
+        The finished bundle and the parity ladder that it climbed.
+
+    Raises:
+        LorgnetteError: Wrong input; nothing is left behind.
+        VerifyError: The bundle was made and does not agree; nothing is left behind.
+    """
+    progress("read checkpoint")
+    plan, target = find_plan(recipe.quant), find_target(recipe.target)
+    checkpoint = open_checkpoint(checkpoint_path)
+    parts, context_length = read_parts(checkpoint, recipe)
+    problems = target.check(parts.spec, plan)
+    if problems:
+        raise ConfigError(f"cannot lower to {target.name}", got="; ".join(problems))
+    with writing(out, replace=replace) as folder:
+        lowered = _lower(parts, plan, target, folder, progress)
+        tokenizer_file = folder / TOKENIZER
+        tokenizer_file.parent.mkdir()
+        tokenizer_file.write_bytes((checkpoint.path / "tokenizer.json").read_bytes())
+        write_golden(make_golden(parts, plan, progress), folder / GOLDEN)
+        progress("write manifest")
+        manifest = Manifest(
+            format=Format(major=FORMAT_MAJOR, minor=FORMAT_MINOR),
+            requires=("tiles",),
+            producer=_producer(),
+            checkpoint=checkpoint.path.resolve().name,
+            recipe=recipe,
+            spec=parts.spec,
+            engine=target.capabilities.engine,
+            context_length=context_length,
+            components=tuple(
+                _entry(component, result)
+                for component, result in zip(parts.components, lowered, strict=True)
+            ),
+            preprocess=parts.preprocess,
+            prompt=parts.prompt,
+            golden=GoldenEntry(folder=GOLDEN, bounds=bounds_for(plan)),
+            files=list_files(folder),
+        )
+        write_manifest(folder, manifest)
+        progress("verify")
+        ladder = verify(Model(open_bundle(folder)))
+        ladder.require(out)
+    return open_bundle(out), ladder
+
+
+def read_parts(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Parts, int]:
+    """Parses everything but the weights, whose names and shapes are checked.
+
+    Returns:
+        The parts, and the context length.
+
+    Raises:
+        LorgnetteError: Anything about the checkpoint or the recipe that does not fit.
+    """
+    _, family = find_family(checkpoint.config.get("model_type"))
+    spec = family.parse(checkpoint)
+    tokenizer = _read_tokenizer(checkpoint, spec)
+    preprocess = _choose_size(family.preprocess(checkpoint, spec, None), recipe)
+    tokens = {text: tokenizer.token_id(text) for text in tokenizer.special_strings}
+    prompt = family.prompt(checkpoint, spec, tokens)
+    context_length = _context_length(spec, recipe)
+    components = family.components(spec, preprocess, context_length)
+    sources = {
+        component.name: WeightSource(
+            checkpoint, module_shapes(build_module(component)), component.rules
+        )
+        for component in components
+    }
+    check_all_used(checkpoint, list(sources.values()), family.IGNORED_TENSORS)
+    return Parts(spec, preprocess, prompt, tokenizer, components, sources), context_length
+
+
+def _choose_size(published: TilePreprocess, recipe: Recipe) -> TilePreprocess:
+    """The preprocessing with the recipe's picture size."""
+    edge = recipe.longest_edge
+    if edge is not None and recipe.max_tiles is not None:
+        raise ConfigError("longest_edge and max_tiles say the same thing", hint="give one of them")
+    if recipe.max_tiles is not None:
+        edge = longest_edge_for_max_tiles(
+            recipe.max_tiles, published.tile_size, published.longest_edge
+        )
+    edge = edge or published.longest_edge
+    if not published.tile_size <= edge <= 4096:
+        raise ConfigError(
+            "longest_edge is out of range",
+            got=edge,
+            wanted=f"{published.tile_size} to 4096 pixels",
+        )
+    split = published.split if recipe.split is None else recipe.split
+    return msgspec.structs.replace(published, longest_edge=edge, split=split)
+
+
+def _context_length(spec: ModelSpec, recipe: Recipe) -> int:
+    most = spec.text.max_positions
+    if recipe.context_length is None:
+        return min(most, DEFAULT_CONTEXT)
+    if not 2 <= recipe.context_length <= most:
+        raise ConfigError(
+            "context length is out of range",
+            got=recipe.context_length,
+            wanted=f"2 to {most}, what the model was trained for",
+        )
+    return recipe.context_length
+
+
+def _read_tokenizer(checkpoint: Checkpoint, spec: ModelSpec) -> Tokenizer:
+    path = checkpoint.path / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError("file is missing", where=path)
+    tokenizer = Tokenizer.from_file(path)
+    if tokenizer.vocab_size > spec.text.vocab_size:
+        raise CheckpointError(
+            "the tokenizer has more tokens than the model",
+            where=path,
+            got=tokenizer.vocab_size,
+            wanted=f"<= {spec.text.vocab_size}",
+        )
+    return tokenizer
+
+
+def _lower(
+    parts: Parts, plan: QuantPlan, target: Target, folder: Path, progress: Progress
+) -> list[LoweredComponent]:
+    lowered = []
+    with target.open(folder, plan) as lowering:
+        for component in parts.components:
+            progress(f"lower {component.name}")
+            lowered.append(
+                lowering.add(component, trace(component), parts.sources[component.name])
+            )
+    return lowered
+
+
+def _entry(component: Component, lowered: LoweredComponent) -> ComponentEntry:
+    return ComponentEntry(
+        name=component.name,
+        entry_points=component.entry_points,
+        graph=lowered.graph,
+        inputs=_tensors(component.inputs),
+        outputs=_tensors(component.outputs),
+        cache_inputs=_tensors(component.cache_inputs),
+        cache_outputs=_tensors(component.cache_outputs),
+        operators=lowered.operators,
+        weight_bytes=lowered.weight_bytes,
+        kept_in_float=lowered.kept_in_float,
+    )
+
+
+def _tensors(specs: Sequence[TensorSpec]) -> tuple[TensorEntry, ...]:
+    return tuple(
+        TensorEntry(name=spec.name, dtype=str(spec.dtype).removeprefix("torch."), shape=spec.shape)  # type: ignore[arg-type]
+        for spec in specs
+    )
+
+
+def _producer() -> dict[str, str]:
+    return {
+        "lorgnette": lorgnette.__version__,
+        "torch": torch.__version__.split("+")[0],
+        "onnx-ir": importlib.metadata.version("onnx-ir"),
+        "onnxruntime": importlib.metadata.version("onnxruntime"),
+    }

@@ -1,0 +1,166 @@
+"""The eager model in float32: what every bundle must agree with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lorgnette.export.component import Component
+from lorgnette.export.trace import build_module
+from lorgnette.export.weights import WeightSource, load_module
+from lorgnette.quantize.methods import rtn
+from lorgnette.quantize.plan import QuantPlan
+
+RESIDENT_BYTES = 3 * 2**30
+"""Components larger than this in float32 are read layer by layer instead of held."""
+
+Float = NDArray[np.float32]
+
+
+class QuantizedSource(WeightSource):
+    """A weight source that answers with what a plan makes of each matrix, in float32."""
+
+    def __init__(
+        self, source: WeightSource, component: str, matrices: set[str], plan: QuantPlan
+    ) -> None:
+        """Wraps a source; `matrices` are the parameters that the plan applies to."""
+        self.__dict__.update(source.__dict__)
+        self._component = component
+        self._matrices = matrices
+        self._plan = plan
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter after rounding to its scheme."""
+        value = super().tensor(name)
+        if name not in self._matrices:
+            return value
+        scheme = self._plan.scheme_for(self._component, name)
+        if scheme.bits == 16:
+            return value.to(torch.float16).to(torch.float32)
+        if scheme.is_integer:
+            return torch.from_numpy(rtn.quantize(value.numpy(), scheme).dequantize())
+        return value
+
+
+def matrix_names(module: nn.Module) -> set[str]:
+    """Parameters that a plan applies to: weights of linear layers and embedding tables."""
+    return {
+        f"{name}.weight"
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear | nn.Embedding)
+    }
+
+
+class Reference:
+    """Runs the components eagerly, on weights as published or as a plan rounds them.
+
+    Args:
+        components: The components of the model, by name.
+        sources: Their weights, by name.
+        plan: Rounds the weights first; None takes them as published.
+    """
+
+    def __init__(
+        self,
+        components: Mapping[str, Component],
+        sources: Mapping[str, WeightSource],
+        plan: QuantPlan | None = None,
+    ) -> None:
+        """Prepares the modules; large ones stay on the meta device until they run."""
+        self._components = components
+        self._sources = sources
+        self._plan = plan
+        self._modules: dict[str, nn.Module] = {}
+
+    @torch.no_grad()
+    def encode(self, tiles: NDArray[np.uint8]) -> Float:
+        """Image tokens, one tile at a time. Shapes: `[G, 3, edge, edge]` to `[G, N, D]`."""
+        encoder = self._module("vision_encoder")
+        return np.concatenate([encoder(torch.from_numpy(tile[None])).numpy() for tile in tiles])
+
+    @torch.no_grad()
+    def embed(self, token_ids: Sequence[int]) -> Float:
+        """Embeddings `[T, D]` of tokens."""
+        embedded: Tensor = self._module("token_embedding")(torch.tensor([list(token_ids)]))
+        return embedded[0].numpy()
+
+    @torch.no_grad()
+    def generate(
+        self, embeddings: Float, count: int, stop_ids: Sequence[int]
+    ) -> tuple[Float, list[int]]:
+        """The logits behind a prompt and the greedy tokens that follow.
+
+        Args:
+            embeddings: The prompt `[T, D]`, image tokens spliced in.
+            count: How many tokens at most; 1 gives just the first.
+            stop_ids: Tokens that end the answer.
+
+        Returns:
+            Logits `[V]` and the token ids.
+        """
+        component = self._components["decoder"]
+        capacity = len(embeddings) + count
+        caches = [
+            torch.zeros([capacity if axis == "S" else int(axis) for axis in spec.shape])
+            for spec in component.cache_inputs
+        ]
+        decoder = self._module("decoder")
+        fed, past, ids = torch.from_numpy(embeddings[None]), 0, []
+        first: Float | None = None
+        while True:
+            logits, caches = decoder(fed, torch.tensor([past], dtype=torch.int32), caches)
+            past += fed.shape[1]
+            first = logits[0].numpy() if first is None else first
+            ids.append(int(logits[0].argmax()))
+            if len(ids) == count or ids[-1] in stop_ids:
+                return first, ids
+            fed = torch.from_numpy(self.embed(ids[-1:])[None])
+
+    def _module(self, name: str) -> nn.Module:
+        if name not in self._modules:
+            module = build_module(self._components[name])
+            source = self._sources[name]
+            if self._plan is not None:
+                source = QuantizedSource(source, name, matrix_names(module), self._plan)
+            size = 4 * sum(math.prod(shape) for shape in source.shapes.values())
+            if size <= RESIDENT_BYTES:
+                load_module(module, source)
+            else:
+                stream_module(module, source)
+            self._modules[name] = module
+        return self._modules[name]
+
+
+def stream_module(module: nn.Module, source: WeightSource) -> None:
+    """Makes every layer of a meta module read its weights when it runs and drop them after."""
+
+    def attach(layer: nn.Module, prefix: str) -> None:
+        names = [*layer._parameters, *layer._buffers]
+
+        def load(target: nn.Module, _: Any) -> None:
+            for name in names:
+                _set(target, name, source.tensor(prefix + name))
+
+        def drop(target: nn.Module, _: Any, __: Any) -> None:
+            for name in names:
+                _set(target, name, torch.empty(source.shapes[prefix + name], device="meta"))
+
+        layer.register_forward_pre_hook(load)
+        layer.register_forward_hook(drop)
+
+    for path, layer in module.named_modules():
+        if layer._parameters or layer._buffers:
+            attach(layer, f"{path}." if path else "")
+
+
+def _set(layer: nn.Module, name: str, value: Tensor) -> None:
+    if name in layer._parameters:
+        layer._parameters[name] = nn.Parameter(value, requires_grad=False)
+    else:
+        layer._buffers[name] = value

@@ -1,0 +1,39 @@
+"""What the runtime asks of an engine, whatever it is made of."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float = NDArray[np.float32]
+Tiles = NDArray[np.uint8]
+
+
+class DecoderState(Protocol):
+    """A KV cache and the decoder that reads and writes it."""
+
+    capacity: int
+    """Positions S that the cache can hold."""
+
+    def run(self, embeddings: Float, past_length: int) -> Float:
+        """Appends T positions after `past_length` and gives the logits behind the last.
+
+        Positions from `past_length` on are overwritten, so a cache is cut back by passing less.
+
+        Shapes: `embeddings` `[T, D]`; returns `[V]`, valid until the next call.
+        """
+
+
+class Engine(Protocol):
+    """Executes the components of one bundle."""
+
+    def encode(self, tiles: Tiles) -> Float:
+        """Image tokens of a batch of tiles. Shapes: uint8 `[G, 3, edge, edge]` to `[G, N, D]`."""
+
+    def embed(self, token_ids: NDArray[np.int64]) -> Float:
+        """Embeddings of tokens. Shapes: `[T]` to `[T, D]`."""
+
+    def new_state(self) -> DecoderState:
+        """An empty KV cache of the bundle's context length."""

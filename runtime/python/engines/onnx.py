@@ -1,0 +1,156 @@
+"""onnxruntime on the CPU, with buffers bound once and the KV cache updated in place."""
+
+from __future__ import annotations
+
+import os
+
+# Read by onnxruntime when it is loaded: from 1.29 on its packages send telemetry without it.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from onnxruntime.capi.onnxruntime_pybind11_state import (
+    EPFail,
+    Fail,
+    InvalidArgument,
+    InvalidGraph,
+    InvalidProtobuf,
+    NoSuchFile,
+    NotImplemented,
+    RuntimeException,
+)
+
+from lorgnette.bundle import Bundle
+from lorgnette.errors import BundleError
+from lorgnette.manifest import ComponentEntry
+from lorgnette.runtime.engines.engine import Float, Tiles
+
+ENGINE_ERRORS = (
+    EPFail,
+    Fail,
+    InvalidArgument,
+    InvalidGraph,
+    InvalidProtobuf,
+    NoSuchFile,
+    NotImplemented,
+    RuntimeException,
+)
+
+
+class OnnxEngine:
+    """The three graphs of a bundle as sessions.
+
+    Weights are memory-mapped from the bundle by onnxruntime itself.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int) -> None:
+        """Creates the sessions."""
+        self._context_length = bundle.manifest.context_length
+        self._decoder_entry = bundle.manifest.component("decoder")
+        # One thread: looking up a few rows is not worth waking others.
+        self._embedding = _session(bundle, "token_embedding", 1)
+        self._decoder = _session(bundle, "decoder", threads)
+        self._vision = _session(bundle, "vision_encoder", threads)
+
+    def encode(self, tiles: Tiles) -> Float:
+        """Image tokens of a batch of tiles. Shapes: uint8 `[G, 3, edge, edge]` to `[G, N, D]`."""
+        (image_tokens,) = self._vision.run(None, {"tiles": tiles})
+        return image_tokens
+
+    def embed(self, token_ids: NDArray[np.int64]) -> Float:
+        """Embeddings of tokens. Shapes: `[T]` to `[T, D]`."""
+        (embeddings,) = self._embedding.run(None, {"token_ids": token_ids[None]})
+        return embeddings[0]
+
+    def new_state(self) -> OnnxDecoderState:
+        """An empty KV cache of the bundle's context length."""
+        return OnnxDecoderState(self._decoder, self._decoder_entry, self._context_length)
+
+
+class OnnxDecoderState:
+    """A KV cache bound as input and output alike, so that the graph writes it in place.
+
+    The buffers are zero pages until they are written: a long context costs memory only as far as
+    it is used.
+    """
+
+    def __init__(
+        self, session: onnxruntime.InferenceSession, entry: ComponentEntry, capacity: int
+    ) -> None:
+        """Allocates and binds."""
+        self.capacity = capacity
+        self._session = session
+        self._binding = session.io_binding()
+        self._past = np.zeros(1, np.int32)
+        self._bind_input("past_length", self._past)
+        self._caches: list[NDArray[np.float32]] = []
+        for source, target in zip(entry.cache_inputs, entry.cache_outputs, strict=True):
+            shape = [capacity if axis == "S" else int(axis) for axis in source.shape]
+            cache = np.zeros(shape, np.float32)
+            self._caches.append(cache)
+            self._bind_input(source.name, cache)
+            self._bind_output(target.name, cache)
+        self._logits = np.zeros((1, int(entry.outputs[0].shape[1])), np.float32)
+        self._bind_output("logits", self._logits)
+
+    def run(self, embeddings: Float, past_length: int) -> Float:
+        """Appends T positions after `past_length` and gives the logits behind the last.
+
+        Shapes: `embeddings` `[T, D]`; returns `[V]`, valid until the next call.
+        """
+        if past_length + len(embeddings) > self.capacity:
+            raise ValueError(f"{past_length} + {len(embeddings)} positions in {self.capacity}")
+        self._past[0] = past_length
+        bound = np.ascontiguousarray(embeddings[None])
+        self._bind_input("embeddings", bound)
+        self._session.run_with_iobinding(self._binding)
+        return self._logits[0]
+
+    def _bind_input(self, name: str, array: NDArray[np.generic]) -> None:
+        self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+    def _bind_output(self, name: str, array: NDArray[np.generic]) -> None:
+        self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+
+def _session(bundle: Bundle, component: str, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors only; they arrive as exceptions as well
+    path = bundle.file(bundle.manifest.component(component).graph)
+    try:
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+    except ENGINE_ERRORS as error:
+        raise BundleError(
+            f"onnxruntime {onnxruntime.__version__} refuses the graph",
+            where=path,
+            got=str(error).splitlines()[0],
+        ) from error
+    _check_interface(session, bundle.manifest.component(component), path)
+    return session
+
+
+def _check_interface(
+    session: onnxruntime.InferenceSession, entry: ComponentEntry, path: Path
+) -> None:
+    """The graph must have the inputs and outputs that the manifest promises."""
+    for promised, actual in (
+        ((*entry.inputs, *entry.cache_inputs), session.get_inputs()),
+        ((*entry.outputs, *entry.cache_outputs), session.get_outputs()),
+    ):
+        wanted = [(tensor.name, list(tensor.shape)) for tensor in promised]
+        got = [(value.name, list(value.shape)) for value in actual]
+        if wanted != got:
+            differing = next((pair for pair in zip(got, wanted, strict=False) if pair[0] != pair[1]), None)
+            raise BundleError(
+                "graph is not what the manifest says",
+                where=path,
+                got=differing[0] if differing else f"{len(got)} tensors",
+                wanted=differing[1] if differing else f"{len(wanted)} tensors",
+            )

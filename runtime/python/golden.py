@@ -1,0 +1,103 @@
+"""Golden data: one tiny picture and question, and what the reference makes of them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from lorgnette.bundle import Bundle
+from lorgnette.errors import BundleError
+from lorgnette.runtime.preprocess import Tiles
+from lorgnette.spec import Frozen
+
+TEXT_FILE = "golden.json"
+TENSOR_FILE = "golden.safetensors"
+
+
+class GoldenText(Frozen, frozen=True):
+    """The part of the golden data that is not tensors."""
+
+    question: str
+    tiles_sha256: str
+    rows: int
+    cols: int
+    prompt_ids: tuple[int, ...]
+    original_greedy_ids: tuple[int, ...]
+    """The greedy answer of the original float32 weights."""
+    rounding_image_tokens: float
+    """What the scheme's rounding of weights costs: relative error of the image tokens."""
+    rounding_logits: float
+    """The same of the logits."""
+
+
+@dataclass(frozen=True, eq=False)
+class Golden:
+    """A picture, a question, and the reference's numbers for them.
+
+    Attributes:
+        text: Everything but the tensors.
+        picture: uint8 `[H, W, 3]`.
+        image_tokens: float32 `[G, N, D]`, of the weights as the scheme rounds them.
+        logits: float32 `[V]`, likewise.
+    """
+
+    text: GoldenText
+    picture: NDArray[np.uint8]
+    image_tokens: NDArray[np.float32]
+    logits: NDArray[np.float32]
+
+
+def tiles_digest(tiles: Tiles) -> str:
+    """Hex digest of the tiles' bytes."""
+    return hashlib.sha256(memoryview(tiles.pixels).cast("B")).hexdigest()
+
+
+def write_golden(golden: Golden, folder: Path) -> None:
+    """Writes the two files into a new folder."""
+    folder.mkdir()
+    text = msgspec.json.format(msgspec.json.encode(golden.text), indent=1)
+    (folder / TEXT_FILE).write_bytes(text + b"\n")
+    tensors = {
+        "picture": golden.picture,
+        "image_tokens": golden.image_tokens,
+        "logits": golden.logits,
+    }
+    safetensors.numpy.save_file(tensors, folder / TENSOR_FILE)
+
+
+def read_golden(bundle: Bundle) -> Golden:
+    """Reads the golden data of a bundle.
+
+    Raises:
+        BundleError: It is damaged, or does not fit the manifest.
+    """
+    folder = bundle.manifest.golden.folder
+    text_path = bundle.file(f"{folder}/{TEXT_FILE}")
+    tensor_path = bundle.file(f"{folder}/{TENSOR_FILE}")
+    try:
+        text = msgspec.json.decode(text_path.read_bytes(), type=GoldenText)
+        tensors = safetensors.numpy.load_file(tensor_path)
+        golden = Golden(text, tensors["picture"], tensors["image_tokens"], tensors["logits"])
+    except (msgspec.DecodeError, safetensors.SafetensorError, KeyError) as error:
+        raise BundleError("golden data is damaged", where=bundle.path, got=error) from error
+    spec = bundle.manifest.spec
+    width = (spec.image_tokens_per_tile, spec.text.hidden_size)
+    for name, array, dtype, tail in (
+        ("picture", golden.picture, np.uint8, (3,)),
+        ("image_tokens", golden.image_tokens, np.float32, width),
+        ("logits", golden.logits, np.float32, (spec.text.vocab_size,)),
+    ):
+        if array.dtype != dtype or array.shape[-len(tail) :] != tail:
+            raise BundleError(
+                f"golden tensor '{name}' does not fit the manifest",
+                where=bundle.path,
+                got=f"{array.dtype}{list(array.shape)}",
+            )
+    return golden

@@ -1,0 +1,152 @@
+"""A bundle, opened and ready to answer."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from lorgnette.bundle import Bundle, open_bundle
+from lorgnette.errors import BundleError, RequestError
+from lorgnette.manifest import Manifest
+from lorgnette.runtime.chat import Chat
+from lorgnette.runtime.engines import open_engine
+from lorgnette.runtime.generation import Generation, Request, as_tuple
+from lorgnette.runtime.pictures import PictureCache, PictureSource
+from lorgnette.runtime.sampler import SamplingParams
+from lorgnette.runtime.tokenizer import Tokenizer
+
+TOKENIZER = "tokenizer/tokenizer.json"
+
+
+class Model:
+    """What `lorgnette.open` returns. May be used from several threads, one answer at a time each.
+
+    Attributes:
+        bundle: The bundle behind it.
+        manifest: Its manifest.
+        engine: What executes its graphs.
+        tokenizer: Its tokenizer.
+        pictures: Image tokens of the pictures seen last.
+        load_ms: What opening took.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        """Checks the files and loads the graphs, side by side.
+
+        Args:
+            bundle: The bundle.
+            threads: Threads of the engine; None takes every core this process may use.
+
+        Raises:
+            BundleError: A file was changed, or the engine refuses a graph.
+            RequestError: `threads` is not positive.
+        """
+        started = time.perf_counter()
+        if threads is not None and threads < 1:
+            raise RequestError("threads is out of range", got=threads, wanted="1 or more")
+        self.bundle = bundle
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            # Reading the files for their digests also brings them into memory for the engine.
+            digests = pool.submit(bundle.check_digests)
+            try:
+                self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER))
+                self.engine = open_engine(bundle, threads or usable_cores())
+            finally:
+                digests.result()
+        _check_tokenizer(self.tokenizer, bundle)
+        self.pictures = PictureCache()
+        self.load_ms = (time.perf_counter() - started) * 1e3
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of the bundle."""
+        return self.bundle.manifest
+
+    def generate(
+        self,
+        images: PictureSource | Sequence[PictureSource] = (),
+        prompt: str = "",
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        system: str | None = None,
+    ) -> Generation:
+        """Answers one question about pictures.
+
+        Args:
+            images: One picture or several: files, bytes, Pillow pictures or uint8 `[H, W, 3]`.
+            prompt: The question; the pictures stand before it.
+            max_new_tokens: The most tokens of the answer.
+            temperature: 0 for the likeliest token each time, higher for more variety.
+            top_k: How many of the likeliest tokens to choose from, 0 for all.
+            top_p: The share of probability to choose from, 1 for all.
+            repetition_penalty: Above 1 makes repeating less likely.
+            seed: Same seed, same answer.
+            stop: A string or several that end the answer.
+            system: A system message, where the chat template has a place for one.
+
+        Returns:
+            An iterator over pieces of text; `result()` has the whole and the timings. Errors of
+            pictures and prompt come with the first piece.
+
+        Raises:
+            RequestError: A setting is out of range.
+        """
+        request = Request(
+            max_new_tokens=max_new_tokens,
+            sampling=SamplingParams(temperature, top_k, top_p, repetition_penalty, seed),
+            stop=as_tuple(stop),
+        )
+        several = isinstance(images, Sequence) and not isinstance(images, str | bytes)
+        return self.chat(system).send(prompt, images if several else (images,), request)  # type: ignore[arg-type]
+
+    def chat(self, system: str | None = None) -> Chat:
+        """Starts a conversation with a KV cache of its own."""
+        return Chat(self, system)
+
+
+def open_model(path: str | Path, *, threads: int | None = None) -> Model:
+    """Opens a bundle.
+
+    Args:
+        path: A `.lorg` directory.
+        threads: Threads of the engine; None takes every core this process may use.
+
+    Raises:
+        BundleError: The bundle is missing, damaged, hostile, or made for a newer reader.
+        RequestError: `threads` is not positive.
+    """
+    return Model(open_bundle(path), threads)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _check_tokenizer(tokenizer: Tokenizer, bundle: Bundle) -> None:
+    spec, prompt = bundle.manifest.spec, bundle.manifest.prompt
+    if tokenizer.token_id(prompt.image.image_token) != spec.image_token_id:
+        raise BundleError(
+            "the tokenizer has another image token than the manifest",
+            where=bundle.path,
+            got=tokenizer.token_id(prompt.image.image_token),
+            wanted=spec.image_token_id,
+        )
+    if tokenizer.vocab_size > spec.text.vocab_size:
+        raise BundleError(
+            "the tokenizer has more tokens than the model",
+            where=bundle.path,
+            got=tokenizer.vocab_size,
+            wanted=f"<= {spec.text.vocab_size}",
+        )
