@@ -35,7 +35,7 @@ MODEL_TYPES = ("idefics3", "smolvlm")
 IGNORED_TENSORS: Mapping[str, str] = {
     r"model\.text_model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "recomputed from the config",
     r"model\.vision_model\.embeddings\.position_ids": "always the identity here",
-    r"lm_head\.weight": "equal to the embedding, where the config ties them; otherwise it is read",
+    r"lm_head\.weight": "the embedding again, where the config ties them; otherwise it is read",
 }
 
 MAX_TILES = 64  # tiles of one vision call; a picture has 17 at most at the published sizes
@@ -86,7 +86,9 @@ def _has_own_head(checkpoint: Checkpoint) -> bool:
 
 
 def _parse_vision(vision: ConfigReader) -> VisionSpec:
-    vision.fixed("model_type", "idefics3", "idefics3_vision", "smolvlm_vision", "siglip_vision_model")
+    vision.fixed(
+        "model_type", "idefics3", "idefics3_vision", "smolvlm_vision", "siglip_vision_model"
+    )
     vision.fixed("hidden_act", "gelu_pytorch_tanh")
     vision.fixed("num_channels", 3)
     vision.ignore(
@@ -149,20 +151,30 @@ def _check_sizes(spec: ModelSpec, where: str) -> None:
     vision, text = spec.vision, spec.text
     for fits, what, got in (
         (vision.patch_size <= vision.image_size, "patch_size over image_size", vision.patch_size),
-        (vision.hidden_size % vision.heads == 0, "vision width not divisible by heads", vision.heads),
+        (
+            vision.hidden_size % vision.heads == 0,
+            "vision width not divisible by heads",
+            vision.heads,
+        ),
         (text.hidden_size % text.heads == 0, "decoder width not divisible by heads", text.heads),
         (text.heads % text.kv_heads == 0, "heads not divisible by key/value heads", text.kv_heads),
         (text.head_size % 8 == 0, "head size not a multiple of 8", text.head_size),
-        (vision.grid % spec.projector_scale == 0, "patch grid not divisible by scale_factor", vision.grid),
-        (spec.image_token_id < text.vocab_size, "image_token_id outside the vocabulary", spec.image_token_id),
+        (
+            vision.grid % spec.projector_scale == 0,
+            "patch grid not divisible by scale_factor",
+            vision.grid,
+        ),
+        (
+            spec.image_token_id < text.vocab_size,
+            "image_token_id outside the vocabulary",
+            spec.image_token_id,
+        ),
     ):
         if not fits:
             raise ConfigError(f"sizes do not fit: {what}", where=where, got=got)
 
 
-def preprocess(
-    checkpoint: Checkpoint, spec: ModelSpec, longest_edge: int | None
-) -> TilePreprocess:
+def preprocess(checkpoint: Checkpoint, spec: ModelSpec, longest_edge: int | None) -> TilePreprocess:
     """Reads preprocessor_config.json, or the part of processor_config.json that replaced it."""
     name = "preprocessor_config.json"
     values = checkpoint.json(name)
@@ -170,9 +182,7 @@ def preprocess(
         name = "processor_config.json"
         values = (checkpoint.json(name) or {}).get("image_processor")
     if not isinstance(values, dict):
-        raise CheckpointError(
-            "file is missing", where=checkpoint.path / "preprocessor_config.json"
-        )
+        raise CheckpointError("file is missing", where=checkpoint.path / "preprocessor_config.json")
     config = ConfigReader(values, str(checkpoint.path / name))
     for key in ("do_convert_rgb", "do_normalize", "do_rescale", "do_resize"):
         config.fixed(key, True)
@@ -198,7 +208,10 @@ def preprocess(
     resample = config.integer("resample", 1, most=5)
     if resample not in RESAMPLE:
         raise ConfigError(
-            "resampling filter is not supported", where=config.where, got=resample, wanted="1, 2 or 3"
+            "resampling filter is not supported",
+            where=config.where,
+            got=resample,
+            wanted="1, 2 or 3",
         )
     result = TilePreprocess(
         tile_size=tile.integer("longest_edge", 364, most=8192),
@@ -240,9 +253,7 @@ def prompt(checkpoint: Checkpoint, spec: ModelSpec, tokens: Mapping[str, int]) -
             wanted=tokens.get(IMAGE, f"a tokenizer with '{IMAGE}'"),
         )
     if FAKE not in tokens:
-        raise ConfigError(
-            f"the tokenizer lacks '{FAKE}'", where=checkpoint.path / "tokenizer.json"
-        )
+        raise ConfigError(f"the tokenizer lacks '{FAKE}'", where=checkpoint.path / "tokenizer.json")
     template, where = read_chat_template(checkpoint)
     compiled = compile_chat_template(template, IMAGE, where=where)
     single = f"{FAKE}{GLOBAL}{{image}}{FAKE}"

@@ -60,7 +60,9 @@ def test_missing_tensor(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_unknown_tensor(tmp_path: Path, name: str) -> None:
-    refused(tmp_path, lambda w: w.update({name: torch.ones(2)}), f"1 unknown tensor(s), first '{name}'")
+    refused(
+        tmp_path, lambda w: w.update({name: torch.ones(2)}), f"1 unknown tensor(s), first '{name}'"
+    )
 
 
 def test_unknown_tensors_are_counted(tmp_path: Path) -> None:
@@ -105,7 +107,9 @@ def test_value_that_is_not_finite(tmp_path: Path, name: str, value: float) -> No
 
 def test_double_that_overflows_float32(tmp_path: Path) -> None:
     name = "model.text_model.norm.weight"
-    refused(tmp_path, lambda w: w.update({name: w[name].double() * 1e300}), f"'{name}'", "not finite")
+    refused(
+        tmp_path, lambda w: w.update({name: w[name].double() * 1e300}), f"'{name}'", "not finite"
+    )
 
 
 def test_rules() -> None:
