@@ -117,7 +117,9 @@ class Eager:
         return [torch.zeros(shape) for _ in range(2 * text.layers)]
 
     @torch.no_grad()
-    def decode(self, embeddings: Tensor, past: int, cache: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def decode(
+        self, embeddings: Tensor, past: int, cache: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
         """Runs T positions after `past`; returns the last one's logits `[V]` and the cache."""
         length = torch.tensor([past], dtype=torch.int32)
         logits, cache = self.modules["decoder"](embeddings, length, cache)

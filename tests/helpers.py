@@ -167,7 +167,9 @@ def make_checkpoint(
     config_class = getattr(transformers, f"{name}Config")
     model_class = getattr(transformers, f"{name}ForConditionalGeneration")
     with torch.device("meta"):
-        shapes = {k: tuple(v.shape) for k, v in model_class(config_class(**values)).state_dict().items()}
+        shapes = {
+            k: tuple(v.shape) for k, v in model_class(config_class(**values)).state_dict().items()
+        }
     if tied:
         del shapes["lm_head.weight"]
     kind = getattr(torch, dtype)

@@ -35,12 +35,13 @@ MODEL_TYPES = ("idefics3", "smolvlm")
 IGNORED_TENSORS: Mapping[str, str] = {
     r"model\.text_model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "computed anew",
     r"model\.vision_model\.embeddings\.position_ids": "always the identity here",
-    r"lm_head\.weight": "the embedding, where the config ties them; otherwise it is read",
+    r"lm_head\.weight": "the embedding again, where the config ties them; otherwise it is read",
 }
 
 VISION_TYPES = ("idefics3", "idefics3_vision", "smolvlm_vision", "siglip_vision_model")
 MAX_TILES = 64  # tiles of one vision call; a picture has 17 at most at the published sizes
 RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
+HEAD, EMBEDDING = "lm_head.weight", "model.text_model.embed_tokens.weight"
 FAKE, GLOBAL, IMAGE = "<fake_token_around_image>", "<global-img>", "<image>"
 
 
@@ -65,7 +66,7 @@ def parse(checkpoint: Checkpoint) -> ModelSpec:
             config.section("text_config"),
             # The defaults of SmolVLMConfig as a whole differ from LlamaConfig's in this one.
             norm_eps=1e-6 if config.has("text_config") else 1e-5,
-            tied=config.flag("tie_word_embeddings", False),
+            tied=config.flag("tie_word_embeddings", False) and not _has_own_head(checkpoint),
         ),
         projector_scale=config.integer("scale_factor", 2, most=16),
         image_token_id=config.token_id("image_token_id", 128257),
@@ -73,6 +74,16 @@ def parse(checkpoint: Checkpoint) -> ModelSpec:
     config.finish()
     _check_sizes(spec, config.where)
     return spec
+
+
+def _has_own_head(checkpoint: Checkpoint) -> bool:
+    """Whether a head is stored that is not the embedding: it counts, whatever the config says.
+
+    Source: transformers 5.23, `PreTrainedModel.tie_weights`.
+    """
+    if not {HEAD, EMBEDDING} <= checkpoint.tensors.keys():
+        return False
+    return not torch.equal(checkpoint.read(HEAD), checkpoint.read(EMBEDDING))
 
 
 def _parse_vision(vision: ConfigReader) -> VisionSpec:
@@ -137,15 +148,26 @@ def _parse_text(text: ConfigReader, *, norm_eps: float, tied: bool) -> TextSpec:
 
 def _check_sizes(spec: ModelSpec, where: str) -> None:
     vision, text = spec.vision, spec.text
-    grid = vision.grid
     for fits, what, got in (
         (vision.patch_size <= vision.image_size, "patch_size over image_size", vision.patch_size),
-        (vision.hidden_size % vision.heads == 0, "vision width and heads", vision.heads),
+        (
+            vision.hidden_size % vision.heads == 0,
+            "vision width not divisible by heads",
+            vision.heads,
+        ),
         (text.hidden_size % text.heads == 0, "decoder width not divisible by heads", text.heads),
         (text.heads % text.kv_heads == 0, "heads not divisible by key/value heads", text.kv_heads),
         (text.head_size % 8 == 0, "head size not a multiple of 8", text.head_size),
-        (grid % spec.projector_scale == 0, "patch grid and scale_factor", grid),
-        (spec.image_token_id < text.vocab_size, "image_token_id", spec.image_token_id),
+        (
+            vision.grid % spec.projector_scale == 0,
+            "patch grid not divisible by scale_factor",
+            vision.grid,
+        ),
+        (
+            spec.image_token_id < text.vocab_size,
+            "image_token_id outside the vocabulary",
+            spec.image_token_id,
+        ),
     ):
         if not fits:
             raise ConfigError(f"sizes do not fit: {what}", where=where, got=got)

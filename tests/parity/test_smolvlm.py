@@ -12,10 +12,18 @@ import pytest
 import torch
 import transformers
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.eager import CONTEXT, Eager, prompt_ids, random_tiles
-from tests.helpers import CONFIGS, Config, make_checkpoint, make_random_published, tiny_config
+from tests.helpers import (
+    CONFIGS,
+    Config,
+    make_checkpoint,
+    make_random_published,
+    tiny_config,
+    write_weights,
+)
 
 TILES = 3
 TOLERANCE = 1e-4
@@ -150,6 +158,22 @@ def test_order_of_tiles_counts(pair: tuple[Eager, Oracle]) -> None:
     assert worst(forward, backward) > 100 * TOLERANCE
     got = eager.logits(eager.splice(ids, tiles[::-1].copy()), [len(ids)])[0]
     assert worst(got, backward) <= TOLERANCE
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_tied_config_with_a_stored_head(tmp_path: Path, own: bool) -> None:
+    """A head that is stored and differs counts, whatever the config says; an equal one is tied."""
+    make_checkpoint(tmp_path, tiny_config(), tied=True)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    embedding = weights["model.text_model.embed_tokens.weight"]
+    weights["lm_head.weight"] = embedding.flip(0) if own else embedding.clone()
+    write_weights(tmp_path, weights)
+    eager, oracle = Eager(tmp_path), Oracle(tmp_path)
+    assert eager.spec.text.tied_embeddings is not own
+    ids = prompt_ids(eager, 0)
+    wanted = oracle.logits(ids)[-1]
+    assert worst(eager.logits(eager.embed(ids), [len(ids)])[0], wanted) <= TOLERANCE
 
 
 @pytest.mark.slow

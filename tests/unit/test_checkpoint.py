@@ -88,7 +88,7 @@ def test_other_files(single: Path) -> None:
     assert opened.text("nothing.txt") is None
     assert opened.json("nothing.json") is None
     (single / "chat_template.jinja").write_bytes(b"\xff\xfe")
-    with pytest.raises(CheckpointError, match="not UTF-8 in .*chat_template.jinja"):
+    with pytest.raises(CheckpointError, match=r"not UTF-8 in .*chat_template\.jinja"):
         opened.text("chat_template.jinja")
 
 
@@ -174,7 +174,17 @@ def test_any_damage_is_told(tmp_path_factory: pytest.TempPathFactory, data: st.D
 
 @pytest.mark.parametrize(
     "shard",
-    ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", ".", "", "..\\x", 3, None],
+    [
+        "../model.safetensors",
+        "/etc/passwd",
+        "sub/model.safetensors",
+        "..",
+        ".",
+        "",
+        "..\\x",
+        3,
+        None,
+    ],
 )
 def test_shard_outside_the_folder(sharded: Path, shard: object) -> None:
     change_index(sharded, lambda index: index.update(first=shard))  # type: ignore[call-overload]
