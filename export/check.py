@@ -56,7 +56,8 @@ def golden_prompt(parts: Parts, picture: NDArray[np.uint8], question: str = QUES
     Raises:
         ConfigError: They and a short answer do not fit the context, naming what would.
     """
-    grid = ImagePart(*grid_for(*picture.shape[:2], parts.preprocess))
+    height, width = picture.shape[:2]
+    grid = ImagePart(*grid_for(height, width, parts.preprocess))
     ids = encode_prompt(parts.prompt, parts.tokenizer, [Message("user", (grid, question))])
     needed, context_length = len(ids) + GREEDY_TOKENS, parts.context_length
     if context_length < needed:
