@@ -71,7 +71,7 @@ test-slow: $(ENVIRONMENT) $(ORT_FLOOR) ## the tests marked slow
 demo: $(ENVIRONMENT) ## exports the zoo's checkpoint and asks it about a picture
 	mkdir -p $(dir $(DEMO))
 	$(BIN)/lorgnette export $(DEMO_CHECKPOINT) --target onnx-cpu --quant int4 --out $(DEMO) --force
-	$(BIN)/lorgnette run $(DEMO) --image $(DEMO_IMAGE) --prompt "$(DEMO_QUESTION)"
+	$(BIN)/lorgnette run $(DEMO) --image $(DEMO_IMAGE) --prompt "$(DEMO_QUESTION)" --stats
 
 clean: ## removes what was built, but for the environments
 	rm -rf build dist demo lorgnette.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
