@@ -78,15 +78,12 @@ class WeightSource:
         self._parts: dict[str, tuple[Part, ...]] = {}
         self._computed: dict[str, Computed] = {}
         for name, shape in shapes.items():
-            rule, number, suffix = find_rule(name, rules)
-            if isinstance(rule, Computed):
-                self._computed[name] = rule
+            resolved = resolve_rule(name, shape, rules)
+            if isinstance(resolved, Computed):
+                self._computed[name] = resolved
                 continue
-            self._parts[name] = tuple(
-                Part(part.name.replace("{i}", number) + suffix, part.shape)
-                for part in rule_parts(rule, shape)
-            )
-            for part in self._parts[name]:
+            self._parts[name] = resolved
+            for part in resolved:
                 self._check(part)
 
     def used_tensors(self) -> set[str]:
@@ -139,28 +136,29 @@ class WeightSource:
             )
 
 
-def find_rule(name: str, rules: Mapping[str, Rule]) -> tuple[Rule, str, str]:
-    """The rule of one parameter, its layer number, and the suffix that the rule leaves open.
+def resolve_rule(
+    name: str, shape: tuple[int, ...], rules: Mapping[str, Rule]
+) -> Computed | tuple[Part, ...]:
+    """What a parameter of a shape is made of, layer number and suffix filled in.
 
     Raises:
         KeyError: No rule fits; a mistake in the family, not in the checkpoint.
     """
-    numbers = re.findall(r"\.(\d+)\.", name)
-    number = numbers[0] if numbers else ""
-    pattern = re.sub(r"\.\d+\.", ".{i}.", name)
-    if pattern in rules:
-        return rules[pattern], number, ""
-    prefix, _, leaf = pattern.rpartition(".")
-    return rules[prefix], number, f".{leaf}"
-
-
-def rule_parts(rule: str | Flatten | Stack, shape: tuple[int, ...]) -> tuple[Part, ...]:
-    """What a rule reads for a parameter of a shape, before names are filled in."""
+    number = next(iter(re.findall(r"\.(\d+)\.", name)), "")
+    pattern, suffix = re.sub(r"\.\d+\.", ".{i}.", name), ""
+    if pattern not in rules:
+        pattern, _, leaf = pattern.rpartition(".")
+        suffix = f".{leaf}"
+    rule = rules[pattern]
+    if isinstance(rule, Computed):
+        return rule
     if isinstance(rule, Flatten):
-        return (Part(rule.source, rule.shape),)
-    if isinstance(rule, Stack):
-        return tuple(Part(name, (rows, *shape[1:])) for name, rows in rule.parts)
-    return (Part(rule, shape),)
+        named: tuple[tuple[str, tuple[int, ...]], ...] = ((rule.source, rule.shape),)
+    elif isinstance(rule, Stack):
+        named = tuple((source, (rows, *shape[1:])) for source, rows in rule.parts)
+    else:
+        named = ((rule, shape),)
+    return tuple(Part(source.replace("{i}", number) + suffix, wanted) for source, wanted in named)
 
 
 def module_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
