@@ -1,8 +1,9 @@
 """Trains the tiny checkpoint: `python -m tests.zoo.train --out DIRECTORY`.
 
-Two stages, both on pictures drawn as they are needed, so that none is ever seen twice. The
+Three stages, all on pictures drawn as they are needed, so that none is ever seen twice. The
 warm-up trains vision and projector to say what every patch shows, through a head that is thrown
-away; then everything learns to answer. Workers of one thread each share the gradient.
+away at the end; then the decoder learns to answer, and last all of it together. Workers of one
+thread each share the gradient.
 """
 
 from __future__ import annotations
@@ -22,9 +23,19 @@ from torch.multiprocessing.spawn import spawn
 from tests.zoo import checkpoint
 from tests.zoo.batches import HEADS, Batch, batches
 from tests.zoo.model import Params, decode, encode_patches, init_params, project
-from tests.zoo.optimiser import Optimiser
+from tests.zoo.optimiser import Optimiser, Rates
 from tests.zoo.questions import TRAIN
 from tests.zoo.tokenizer import train_tokenizer
+
+STAGES = {
+    "warmup": Rates(muon=0.02, adam=3e-3),
+    "decoder": Rates(muon=0.01, adam=2e-3),
+    "together": Rates(muon=0.004, adam=1e-3, vision=0.3),
+}
+"""In this order. Answers alone, at the decoder's rates, wipe out within a few hundred steps what
+the warm-up taught the vision transformer; hence frozen vision first, then slow steps, with the
+warm-up's loss kept beside the answers'.
+"""
 
 
 @dataclass(frozen=True)
@@ -33,23 +44,23 @@ class Plan:
 
     out: Path
     start: Path | None
-    warmup_steps: int
-    steps: int
+    warmup: int
+    decoder: int
+    together: int
     tiles: int
     questions: int
     workers: int
-    muon_rate: float
-    adam_rate: float
     seed: int
 
 
-def warmup_loss(params: Params, config: checkpoint.Config, batch: Batch) -> tuple[Tensor, Tensor]:
+def patch_loss(
+    params: Params, config: checkpoint.Config, batch: Batch, tokens: Tensor
+) -> tuple[Tensor, Tensor]:
     """How well the image tokens tell what each of their patches shows.
 
     Returns:
-        The loss, and the share of shapes' and characters' patches named rightly.
+        The loss, and the share of patches named rightly for each of `HEADS`, empty ones aside.
     """
-    tokens = project(params, config, encode_patches(params, config, batch.tiles))
     labels = _by_token(batch.labels, config["scale_factor"])
     logits = F.linear(tokens, params["head.weight"], params["head.bias"])
     logits = logits.view(*labels.shape[:3], sum(HEADS))
@@ -65,13 +76,14 @@ def warmup_loss(params: Params, config: checkpoint.Config, batch: Batch) -> tupl
     return loss, torch.stack(scores)
 
 
-def answer_loss(params: Params, config: checkpoint.Config, batch: Batch) -> tuple[Tensor, Tensor]:
+def answer_loss(
+    params: Params, config: checkpoint.Config, batch: Batch, tokens: Tensor
+) -> tuple[Tensor, Tensor]:
     """Cross entropy of the answer tokens.
 
     Returns:
         The loss, and the share of answer tokens that come first.
     """
-    tokens = project(params, config, encode_patches(params, config, batch.tiles))
     x = F.embedding(batch.ids, params["model.text_model.embed_tokens.weight"])
     at = batch.ids == config["image_token_id"]
     x = x.masked_scatter(at[..., None], tokens)
@@ -81,6 +93,31 @@ def answer_loss(params: Params, config: checkpoint.Config, batch: Batch) -> tupl
     target = batch.targets[asked]
     loss = F.cross_entropy(logits, target)
     return loss, (logits.argmax(-1) == target).float().mean()[None]
+
+
+def stage_loss(
+    name: str, params: Params, config: checkpoint.Config, batch: Batch
+) -> tuple[Tensor, Tensor]:
+    """The loss of a stage and the shares to log: of answers, where asked, then of patches."""
+    with torch.set_grad_enabled(name != "decoder"):
+        tokens = project(params, config, encode_patches(params, config, batch.tiles))
+    loss, shares = patch_loss(params, config, batch, tokens)
+    if name == "warmup":
+        return loss, shares
+    answers, right = answer_loss(params, config, batch, tokens)
+    return answers + 0.2 * loss, torch.cat([right, shares])
+
+
+@torch.no_grad()
+def balance(params: Params, config: checkpoint.Config, batch: Batch) -> None:
+    """Scale the projector so that image tokens are of the size of word embeddings.
+
+    The warm-up lets them grow more than tenfold; what the decoder's layers add would drown.
+    """
+    tokens = project(params, config, encode_patches(params, config, batch.tiles))
+    factor = 0.6 / tokens.std()
+    params["model.connector.modality_projection.proj.weight"] *= factor
+    params["head.weight"] /= factor
 
 
 def rate_scale(step: int, steps: int) -> float:
@@ -107,31 +144,50 @@ def _share(params: Params) -> None:
         param.grad = chunk.view_as(param)
 
 
+def _trained(name: str, params: Params) -> Params:
+    """The parameters that a stage changes."""
+    idle = {"warmup": ("lm_head.", ".text_model."), "decoder": (".vision_model.", ".connector.")}
+    return {n: p for n, p in params.items() if not any(i in n for i in idle.get(name, ()))}
+
+
 def _run_stage(plan: Plan, rank: int, params: Params, config: checkpoint.Config, name: str) -> None:
     """Train `params` through one stage; worker 0 logs and saves."""
-    warmup = name == "warmup"
-    steps = plan.warmup_steps if warmup else plan.steps
-    loss_of = warmup_loss if warmup else answer_loss
-    tokenizer = train_tokenizer()
-    idle = ("lm_head.", ".text_model.") if warmup else ()
-    trained = {n: p for n, p in params.items() if not any(i in n for i in idle)}
-    optimiser = Optimiser(trained, plan.muon_rate, plan.adam_rate)
-    seed = [TRAIN, plan.seed, 1 if warmup else 2, rank]
-    source = batches(config, tokenizer, seed, plan.tiles, 0 if warmup else plan.questions)
+    steps = {"warmup": plan.warmup, "decoder": plan.decoder, "together": plan.together}[name]
+    if not steps:
+        return
+    trained = _trained(name, params)
+    optimiser = Optimiser(trained, STAGES[name])
+    seed = [TRAIN, plan.seed, 1 + list(STAGES).index(name), rank]
+    questions = 0 if name == "warmup" else plan.questions
+    source = batches(config, train_tokenizer(), seed, plan.tiles, questions)
     began, recent = time.monotonic(), torch.zeros(0)
+    mean = {n: p.detach().clone() for n, p in params.items()}
     for step in range(steps):
-        loss, score = loss_of(params, config, next(source))
+        loss, shares = stage_loss(name, params, config, next(source))
         loss.backward()  # type: ignore[no-untyped-call]
         _share(trained)
         optimiser.step(rate_scale(step, steps))
-        now = torch.cat([loss.detach()[None], score.nan_to_num(1.0)])
+        now = torch.cat([loss.detach()[None], shares.nan_to_num(1.0)])
         recent = now if not len(recent) else recent.lerp(now, 0.05)
         if rank == 0 and (step % 20 == 19 or step == steps - 1):
             figures = " ".join(f"{v:.3f}" for v in recent.tolist())
             spent = time.monotonic() - began
             print(f"{name} {step + 1}/{steps}: loss, shares {figures}; {spent:.0f} s", flush=True)
-        if rank == 0 and (step % 200 == 199 or step == steps - 1):
-            _save(plan.out, config, params)
+        _follow(mean, trained)
+        if rank == 0 and step % 100 == 99:
+            _save(plan.out, config, mean)
+    if name == "warmup":
+        # The same batch on every worker, so that all scale alike.
+        balance(params, config, next(batches(config, train_tokenizer(), seed[:3], plan.tiles, 0)))
+    if rank == 0:
+        _save(plan.out, config, params)
+
+
+@torch.no_grad()
+def _follow(mean: Params, trained: Params) -> None:
+    """Move the running mean, which before the rates fall answers better than any one step."""
+    for name, value in trained.items():
+        mean[name].lerp_(value, 0.02)
 
 
 def _save(out: Path, config: checkpoint.Config, params: Params) -> None:
@@ -156,9 +212,8 @@ def _worker(rank: int, plan: Plan, meeting: str) -> None:
         value.requires_grad_()
     if rank == 0:
         print(f"{sum(p.numel() for p in params.values()) - head.numel() - classes} parameters")
-    _run_stage(plan, rank, params, config, "warmup")
-    del params["head.weight"], params["head.bias"]
-    _run_stage(plan, rank, params, config, "answer")
+    for name in STAGES:
+        _run_stage(plan, rank, params, config, name)
     dist.destroy_process_group()
 
 
@@ -167,13 +222,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="a checkpoint to go on from")
-    parser.add_argument("--warmup-steps", type=int, default=600)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--warmup", type=int, default=1000, help="steps of the first stage")
+    parser.add_argument("--decoder", type=int, default=600, help="steps of the second stage")
+    parser.add_argument("--together", type=int, default=800, help="steps of the third stage")
     parser.add_argument("--tiles", type=int, default=48)
     parser.add_argument("--questions", type=int, default=6)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--muon-rate", type=float, default=0.02)
-    parser.add_argument("--adam-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=1)
     plan = Plan(**vars(parser.parse_args()))
     with tempfile.TemporaryDirectory() as folder:
