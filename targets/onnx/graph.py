@@ -111,7 +111,8 @@ class GraphBuilder:
         """
 
         def make() -> NDArray[np.generic]:
-            array = self._source.array(parameter).astype(dtype)
+            with np.errstate(over="ignore"):  # told below
+                array = self._source.array(parameter).astype(dtype)
             if not np.isfinite(array).all():
                 raise ConfigError(
                     f"weight '{parameter}' has values too large for float16",
