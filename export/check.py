@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lorgnette.errors import ConfigError
 from lorgnette.export.component import Component
 from lorgnette.export.reference import Reference
 from lorgnette.export.weights import WeightSource
 from lorgnette.manifest import Bounds
 from lorgnette.quantize.plan import QuantPlan
 from lorgnette.runtime.golden import Golden, GoldenText, tiles_digest
-from lorgnette.runtime.preprocess import prepare
+from lorgnette.runtime.preprocess import grid_for, prepare
 from lorgnette.runtime.prompt import ImagePart, Message, encode_prompt, image_slots
 from lorgnette.runtime.tokenizer import Tokenizer
 from lorgnette.runtime.verify import relative_error
@@ -32,6 +33,7 @@ class Parts:
     preprocess: TilePreprocess
     prompt: PromptSpec
     tokenizer: Tokenizer
+    context_length: int
     components: tuple[Component, ...]
     sources: Mapping[str, WeightSource]
 
@@ -46,6 +48,26 @@ def golden_picture() -> NDArray[np.uint8]:
     green = ((row // 4 + column // 8) % 2) * 255
     blue = (row * column * 7 + 31 * row) % 256
     return np.stack([red, green, blue], axis=-1).astype(np.uint8)
+
+
+def golden_prompt(parts: Parts, picture: NDArray[np.uint8], question: str = QUESTION) -> list[int]:
+    """The ids of a question about a picture.
+
+    Raises:
+        ConfigError: They and a short answer do not fit the context, naming what would.
+    """
+    height, width = picture.shape[:2]
+    grid = ImagePart(*grid_for(height, width, parts.preprocess))
+    ids = encode_prompt(parts.prompt, parts.tokenizer, [Message("user", (grid, question))])
+    needed, context_length = len(ids) + GREEDY_TOKENS, parts.context_length
+    if context_length < needed:
+        raise ConfigError(
+            "context length is too small for a picture and a short question",
+            got=context_length,
+            wanted=f"{needed} or more",
+            hint="give a larger --context, or a smaller --max-tiles",
+        )
+    return ids
 
 
 def bounds_for(plan: QuantPlan) -> Bounds:
@@ -63,12 +85,28 @@ def bounds_for(plan: QuantPlan) -> Bounds:
     )
 
 
-def make_golden(parts: Parts, plan: QuantPlan, progress: Callable[[str], None]) -> Golden:
-    """Runs the reference on the golden picture, as published and as the plan rounds it."""
-    picture = golden_picture()
+def make_golden(
+    parts: Parts,
+    plan: QuantPlan,
+    progress: Callable[[str], None],
+    picture: NDArray[np.uint8] | None = None,
+    question: str = QUESTION,
+) -> Golden:
+    """Runs the reference on a picture, as published and as the plan rounds it.
+
+    Args:
+        parts: The parsed checkpoint.
+        plan: How the weights are rounded.
+        progress: Told about each step.
+        picture: uint8 `[H, W, 3]`; None takes the golden picture.
+        question: The text behind the picture.
+
+    Raises:
+        ConfigError: Picture, question and answer do not fit the context length.
+    """
+    picture = golden_picture() if picture is None else picture
     tiles = prepare(picture, parts.preprocess)
-    message = Message("user", (ImagePart(tiles.rows, tiles.cols), QUESTION))
-    ids = encode_prompt(parts.prompt, parts.tokenizer, [message])
+    ids = golden_prompt(parts, picture, question)
     components = {component.name: component for component in parts.components}
     progress("reference, original weights")
     original = Reference(components, parts.sources)
@@ -80,7 +118,7 @@ def make_golden(parts: Parts, plan: QuantPlan, progress: Callable[[str], None]) 
         rounded = Reference(components, parts.sources, plan)
         rounded_tokens, rounded_logits, _ = _run(rounded, parts, tiles.pixels, ids, 1)
     text = GoldenText(
-        question=QUESTION,
+        question=question,
         tiles_sha256=tiles_digest(tiles),
         rows=tiles.rows,
         cols=tiles.cols,

@@ -15,6 +15,7 @@ from lorgnette.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
+    from safetensors import safe_open as SafeOpen
 
 MAX_JSON_BYTES = 64 * 2**20
 INDEX_NAME = "model.safetensors.index.json"
@@ -39,7 +40,7 @@ class Checkpoint:
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
-    _shards: Mapping[str, Any] = field(repr=False)
+    _shards: Mapping[str, SafeOpen] = field(repr=False)
 
     def json(self, name: str) -> dict[str, Any] | None:
         """Reads a JSON file of the directory, None where it does not exist."""
@@ -61,7 +62,7 @@ class Checkpoint:
         import torch
 
         info = self.tensors[name]
-        tensor: torch.Tensor = self._shards[info.shard].get_tensor(name)
+        tensor: torch.Tensor = self._shards[info.shard].get_tensor(name)  # type: ignore[no-untyped-call]
         return tensor.to(torch.float32, copy=True)
 
 
@@ -144,7 +145,7 @@ def _shard_index(root: Path) -> dict[str, str] | None:
     return index
 
 
-def _open_shard(root: Path, name: str) -> Any:
+def _open_shard(root: Path, name: str) -> SafeOpen:
     from safetensors import SafetensorError, safe_open
 
     file = root / name

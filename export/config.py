@@ -120,7 +120,7 @@ class ConfigReader:
                     "remove the key if it has no effect",
                 )
 
-    def _take(self, key: str, default: object) -> Any:
+    def _take(self, key: str, default: object) -> Any:  # noqa: ANN401  (JSON)
         self._seen.add(key)
         value = self.values.get(key)
         return default if value is None else value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -143,11 +142,11 @@ def stream_module(module: nn.Module, source: WeightSource) -> None:
     def attach(layer: nn.Module, prefix: str) -> None:
         names = [*layer._parameters, *layer._buffers]
 
-        def load(target: nn.Module, _: Any) -> None:
+        def load(target: nn.Module, _: object) -> None:
             for name in names:
                 _set(target, name, source.tensor(prefix + name))
 
-        def drop(target: nn.Module, _: Any, __: Any) -> None:
+        def drop(target: nn.Module, _: object, __: object) -> None:
             for name in names:
                 _set(target, name, torch.empty(source.shapes[prefix + name], device="meta"))
 

@@ -66,11 +66,8 @@ class WeightSource:
 
     def used_tensors(self) -> set[str]:
         """Published names that this component reads."""
-        return {
-            rule.source if isinstance(rule, Flatten) else rule
-            for rule in self._rules.values()
-            if not isinstance(rule, Computed)
-        }
+        origins = (self.origin(name) for name in self._rules)
+        return {origin for origin in origins if origin is not None}
 
     def origin(self, name: str) -> str | None:
         """The published name behind a parameter, None for a computed one.
@@ -78,7 +75,9 @@ class WeightSource:
         Two parameters of one origin hold the same numbers, so a target stores them once.
         """
         rule = self._rules[name]
-        return None if isinstance(rule, Computed) else getattr(rule, "source", rule)
+        if isinstance(rule, Computed):
+            return None
+        return rule.source if isinstance(rule, Flatten) else rule
 
     def tensor(self, name: str) -> torch.Tensor:
         """A parameter as float32, in the shape of the module."""

@@ -33,11 +33,12 @@ from lorgnette.spec import (
 MODEL_TYPES = ("idefics3", "smolvlm")
 
 IGNORED_TENSORS: Mapping[str, str] = {
-    r"model\.text_model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "recomputed from the config",
+    r"model\.text_model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "computed anew",
     r"model\.vision_model\.embeddings\.position_ids": "always the identity here",
     r"lm_head\.weight": "the embedding again, where the config ties them; otherwise it is read",
 }
 
+VISION_TYPES = ("idefics3", "idefics3_vision", "smolvlm_vision", "siglip_vision_model")
 MAX_TILES = 64  # tiles of one vision call; a picture has 17 at most at the published sizes
 RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 HEAD, EMBEDDING = "lm_head.weight", "model.text_model.embed_tokens.weight"
@@ -86,9 +87,7 @@ def _has_own_head(checkpoint: Checkpoint) -> bool:
 
 
 def _parse_vision(vision: ConfigReader) -> VisionSpec:
-    vision.fixed(
-        "model_type", "idefics3", "idefics3_vision", "smolvlm_vision", "siglip_vision_model"
-    )
+    vision.fixed("model_type", *VISION_TYPES)
     vision.fixed("hidden_act", "gelu_pytorch_tanh")
     vision.fixed("num_channels", 3)
     vision.ignore(

@@ -69,7 +69,7 @@ class PictureCache:
 def content_key(tiles: Tiles) -> bytes:
     """A digest of what the vision encoder would see."""
     digest = hashlib.sha256(f"{tiles.rows}x{tiles.cols}".encode())
-    digest.update(memoryview(tiles.pixels).cast("B"))
+    digest.update(tiles.pixels.data)
     return digest.digest()
 
 
@@ -96,8 +96,6 @@ def encode_picture(
         check()
         parts.append(engine.encode(tiles.pixels[start : start + TILES_PER_CALL]))
     tokens = np.concatenate(parts)
-    picture = EncodedPicture(
-        tokens.reshape(-1, tokens.shape[-1]), tiles.rows, tiles.cols
-    )
+    picture = EncodedPicture(tokens.reshape(-1, tokens.shape[-1]), tiles.rows, tiles.cols)
     cache.put(key, picture)
     return picture, True

@@ -1,4 +1,4 @@
-"""The parity ladder: pixels, prompt, image tokens, logits, greedy ids; the first bad rung counts."""
+"""The parity ladder: pixels, prompt, image tokens, logits, greedy ids."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ class Ladder:
         for rung in self.rungs:
             if not rung.passed:
                 raise VerifyError(
-                    f"rung '{rung.name}' failed", where=where, got=rung.detail,
+                    f"rung '{rung.name}' failed",
+                    where=where,
+                    got=rung.detail,
                     hint="the bundle does not give the original's answer",
                 )
 

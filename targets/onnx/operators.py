@@ -136,18 +136,14 @@ def rms_norm(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Val
     return builder.node("SimplifiedLayerNormalization", inputs, attributes)[0]
 
 
-def bidirectional_attention(
-    builder: GraphBuilder, node: torch.fx.Node, known: Known
-) -> ir.Value:
+def bidirectional_attention(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
     """Attention without mask as one fused operator."""
     inputs = [_value(builder, known, argument) for argument in node.args[:3]]
     attributes = {"num_heads": cast("int", node.args[3])}
     return builder.node("MultiHeadAttention", inputs, attributes, domain=CONTRIB)[0]
 
 
-def cached_attention(
-    builder: GraphBuilder, node: torch.fx.Node, known: Known
-) -> list[ir.Value]:
+def cached_attention(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> list[ir.Value]:
     """Grouped-query attention with rotary embedding, writing the bound cache in place."""
     q, k, v, key_cache, value_cache, cos, sin, past = (
         _value(builder, known, argument) for argument in node.args[:8]
@@ -231,7 +227,8 @@ def select(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value
 def slice_axis(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
     """A contiguous part of an axis."""
     axis, start, end = (
-        node.args[i] if len(node.args) > i else default for i, default in ((1, 0), (2, 0), (3, None))
+        node.args[i] if len(node.args) > i else default
+        for i, default in ((1, 0), (2, 0), (3, None))
     )
     bounds = [start or 0, np.iinfo(np.int64).max if end is None else end, axis]
     if len(node.args) > 4 or not all(isinstance(bound, int | np.integer) for bound in bounds):
