@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from lorgnette.export.checkpoint import Checkpoint, open_checkpoint
 from lorgnette.export.component import Component
 from lorgnette.export.families import smolvlm
-from lorgnette.export.trace import build_module
+from lorgnette.export.trace import build_module, trace
 from lorgnette.export.weights import WeightSource, check_all_used, load_module, module_shapes
 from lorgnette.quantize.methods import rtn
 from lorgnette.quantize.plan import PLANS, QuantPlan
@@ -84,6 +85,11 @@ class Eager:
             made[name].component, made[name].plan = name, self.plan
         check_all_used(self.checkpoint, made.values(), smolvlm.IGNORED_TENSORS)
         return made
+
+    @cached_property
+    def programs(self) -> dict[str, ExportedProgram]:
+        """The traced components; tracing is the slow part of a test, and no plan matters to it."""
+        return {name: trace(component) for name, component in self.components.items()}
 
     @cached_property
     def modules(self) -> dict[str, torch.nn.Module]:

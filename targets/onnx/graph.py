@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 CONTRIB = "com.microsoft"
 OPSET = {"": 21, CONTRIB: 1}
+BROADCASTS = "broadcasts"
+"""Note on a node whose operands are of different shapes; not written to the file."""
 IR_VERSION = 10  # the newest that the oldest supported engine reads, with opset 21
 
 DTYPES = {
@@ -111,7 +113,8 @@ class GraphBuilder:
         """
 
         def make() -> NDArray[np.generic]:
-            array = self._source.array(parameter).astype(dtype)
+            with np.errstate(over="ignore"):  # told below
+                array = self._source.array(parameter).astype(dtype)
             if not np.isfinite(array).all():
                 raise ConfigError(
                     f"weight '{parameter}' has values too large for float16",

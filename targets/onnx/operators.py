@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 
 from lorgnette.errors import ConfigError
-from lorgnette.targets.onnx.graph import CONTRIB, DTYPES, GraphBuilder
+from lorgnette.targets.onnx.graph import BROADCASTS, CONTRIB, DTYPES, GraphBuilder
 
 
 @dataclass(frozen=True)
@@ -187,9 +187,16 @@ def binary(operator: str) -> Translation:
     def translate(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
         if node.kwargs:
             raise ConfigError("operator has extra arguments", where=node.name, got=node.kwargs)
-        return builder.node(operator, [_value(builder, known, a) for a in node.args[:2]])[0]
+        out = builder.node(operator, [_value(builder, known, a) for a in node.args[:2]])[0]
+        if _shape(node.args[0]) != _shape(node.args[1]):
+            cast("ir.Node", out.producer()).meta[BROADCASTS] = True
+        return out
 
     return translate
+
+
+def _shape(argument: object) -> torch.Size | None:
+    return argument.meta["val"].shape if isinstance(argument, torch.fx.Node) else None
 
 
 def reshape(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
