@@ -14,12 +14,12 @@ import tempfile
 from pathlib import Path
 
 from PIL import Image
-from tests.zoo.evaluate import score
 
 import lorgnette
 from lorgnette.export.pipeline import export
 from lorgnette.quantize.plan import PLANS
 from lorgnette.recipe import Recipe
+from tests.zoo.evaluate import score
 
 CHECKPOINT = Path(__file__).parent.parent / "tests/zoo/checkpoints/smolvlm-tiny"
 
