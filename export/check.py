@@ -33,6 +33,7 @@ class Parts:
     preprocess: TilePreprocess
     prompt: PromptSpec
     tokenizer: Tokenizer
+    context_length: int
     components: tuple[Component, ...]
     sources: Mapping[str, WeightSource]
 
@@ -49,14 +50,16 @@ def golden_picture() -> NDArray[np.uint8]:
     return np.stack([red, green, blue], axis=-1).astype(np.uint8)
 
 
-def check_context(parts: Parts, context_length: int) -> None:
-    """Refuses a context in which not even the golden question and its answer have room.
+def golden_prompt(parts: Parts, picture: NDArray[np.uint8], question: str = QUESTION) -> list[int]:
+    """The ids of a question about a picture.
 
     Raises:
-        ConfigError: Naming the least that would do.
+        ConfigError: They and a short answer do not fit the context, naming what would.
     """
-    rows, cols = grid_for(*golden_picture().shape[:2], parts.preprocess)
-    needed = len(_golden_prompt(parts, rows, cols)) + GREEDY_TOKENS
+    height, width = picture.shape[:2]
+    grid = ImagePart(*grid_for(height, width, parts.preprocess))
+    ids = encode_prompt(parts.prompt, parts.tokenizer, [Message("user", (grid, question))])
+    needed, context_length = len(ids) + GREEDY_TOKENS, parts.context_length
     if context_length < needed:
         raise ConfigError(
             "context length is too small for a picture and a short question",
@@ -64,11 +67,7 @@ def check_context(parts: Parts, context_length: int) -> None:
             wanted=f"{needed} or more",
             hint="give a larger --context, or a smaller --max-tiles",
         )
-
-
-def _golden_prompt(parts: Parts, rows: int, cols: int) -> list[int]:
-    message = Message("user", (ImagePart(rows, cols), QUESTION))
-    return encode_prompt(parts.prompt, parts.tokenizer, [message])
+    return ids
 
 
 def bounds_for(plan: QuantPlan) -> Bounds:
@@ -86,11 +85,28 @@ def bounds_for(plan: QuantPlan) -> Bounds:
     )
 
 
-def make_golden(parts: Parts, plan: QuantPlan, progress: Callable[[str], None]) -> Golden:
-    """Runs the reference on the golden picture, as published and as the plan rounds it."""
-    picture = golden_picture()
+def make_golden(
+    parts: Parts,
+    plan: QuantPlan,
+    progress: Callable[[str], None],
+    picture: NDArray[np.uint8] | None = None,
+    question: str = QUESTION,
+) -> Golden:
+    """Runs the reference on a picture, as published and as the plan rounds it.
+
+    Args:
+        parts: The parsed checkpoint.
+        plan: How the weights are rounded.
+        progress: Told about each step.
+        picture: uint8 `[H, W, 3]`; None takes the golden picture.
+        question: The text behind the picture.
+
+    Raises:
+        ConfigError: Picture, question and answer do not fit the context length.
+    """
+    picture = golden_picture() if picture is None else picture
     tiles = prepare(picture, parts.preprocess)
-    ids = _golden_prompt(parts, tiles.rows, tiles.cols)
+    ids = golden_prompt(parts, picture, question)
     components = {component.name: component for component in parts.components}
     progress("reference, original weights")
     original = Reference(components, parts.sources)
@@ -102,7 +118,7 @@ def make_golden(parts: Parts, plan: QuantPlan, progress: Callable[[str], None]) 
         rounded = Reference(components, parts.sources, plan)
         rounded_tokens, rounded_logits, _ = _run(rounded, parts, tiles.pixels, ids, 1)
     text = GoldenText(
-        question=QUESTION,
+        question=question,
         tiles_sha256=tiles_digest(tiles),
         rows=tiles.rows,
         cols=tiles.cols,

@@ -136,9 +136,7 @@ class Chat:
             tiles = prepare(load_image(image), manifest.preprocess)
             timings.preprocess += _since(started)
             started = time.perf_counter()
-            picture, fresh = encode_picture(
-                model.engine, tiles, model.pictures, control.check
-            )
+            picture, fresh = encode_picture(model.engine, tiles, model.pictures, control.check)
             tiles_run += len(tiles.pixels) if fresh else 0
             pictures.append(picture)
             timings.vision += _since(started)

@@ -13,6 +13,8 @@ from lorgnette.errors import RequestError
 from lorgnette.runtime.sampler import SamplingParams
 from lorgnette.runtime.tokenizer import StopStrings
 
+GREEDY = SamplingParams()
+
 FinishReason = Literal["stop", "stop_string", "length", "context_full", "cancelled"]
 
 
@@ -31,7 +33,7 @@ class Request:
     """
 
     max_new_tokens: int = 256
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = GREEDY
     stop: tuple[str, ...] = ()
     allow_special_text: bool = False
 
@@ -92,7 +94,7 @@ class Result:
         return steps / self.timings.decode * 1e3 if steps > 0 and self.timings.decode else 0.0
 
 
-class Cancelled(Exception):  # noqa: N818  (a signal, not an error)
+class Cancelled(Exception):  # a signal, not an error
     """Raised inside a generation to leave it."""
 
 

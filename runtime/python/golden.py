@@ -56,7 +56,7 @@ class Golden:
 
 def tiles_digest(tiles: Tiles) -> str:
     """Hex digest of the tiles' bytes."""
-    return hashlib.sha256(memoryview(tiles.pixels).cast("B")).hexdigest()
+    return hashlib.sha256(tiles.pixels.data).hexdigest()
 
 
 def write_golden(golden: Golden, folder: Path) -> None:
@@ -64,7 +64,7 @@ def write_golden(golden: Golden, folder: Path) -> None:
     folder.mkdir()
     text = msgspec.json.format(msgspec.json.encode(golden.text), indent=1)
     (folder / TEXT_FILE).write_bytes(text + b"\n")
-    tensors = {
+    tensors: dict[str, NDArray[np.generic]] = {
         "picture": golden.picture,
         "image_tokens": golden.image_tokens,
         "logits": golden.logits,

@@ -122,9 +122,7 @@ def test_states_of_one_engine_know_nothing_of_each_other(model: Model) -> None:
     np.testing.assert_array_equal(first, run(model, state_of(model), ids[:11], 0))
     alone = state_of(model)
     run(model, alone, ids[:11], 0)
-    np.testing.assert_array_equal(
-        run(model, one, ids[11:], 11), run(model, alone, ids[11:], 11)
-    )
+    np.testing.assert_array_equal(run(model, one, ids[11:], 11), run(model, alone, ids[11:], 11))
 
 
 def test_the_last_position_can_be_used_and_no_further(model: Model) -> None:

@@ -57,7 +57,9 @@ def processor(checkpoint: Path, **sizes: object) -> Idefics3Processor:
     return Idefics3Processor(
         Idefics3ImageProcessorPil(**(settings | sizes)),
         tokenizer,
-        image_seq_len=json.loads((checkpoint / "processor_config.json").read_text())["image_seq_len"],
+        image_seq_len=json.loads((checkpoint / "processor_config.json").read_text())[
+            "image_seq_len"
+        ],
         chat_template=json.loads((checkpoint / "chat_template.json").read_text())["chat_template"],
     )
 
@@ -102,9 +104,7 @@ def drawn(width: int, height: int) -> NDArray[np.uint8]:
     return np.array(image)
 
 
-def assert_same(
-    model: Model, oracle: Oracle, question: str, pictures: Pictures
-) -> Result:
+def assert_same(model: Model, oracle: Oracle, question: str, pictures: Pictures) -> Result:
     stop = model.manifest.prompt.stop_token_ids[0]
     chat = model.chat()
     result = chat.send(question, pictures, Request(max_new_tokens=LONG)).result()
@@ -179,7 +179,9 @@ def test_drawn_pictures_are_answered_alike(
         assert_same(export_of(Recipe()), oracle, question, [drawn(*size)])
 
 
-@pytest.mark.parametrize("sizes", [[], [(64, 64), (48, 200)], [(1, 1), (200, 48), (50, 50)]], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [[], [(64, 64), (48, 200)], [(1, 1), (200, 48), (50, 50)]], ids=str
+)
 def test_none_and_several_pictures(
     model: Model,
     export_of: Callable[[Recipe], Model],

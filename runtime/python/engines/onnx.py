@@ -68,14 +68,14 @@ class OnnxEngine:
     def encode(self, tiles: Tiles) -> Float:
         """Image tokens of a batch of tiles. Shapes: uint8 `[G, 3, edge, edge]` to `[G, N, D]`."""
         with _running("vision_encoder"):
-            (image_tokens,) = self._vision.run(None, {"tiles": tiles})
+            image_tokens: Float = self._vision.run(None, {"tiles": tiles})[0]
         return image_tokens
 
     def embed(self, token_ids: NDArray[np.int64]) -> Float:
         """Embeddings of tokens. Shapes: `[T]` to `[T, D]`."""
         with _running("token_embedding"):
-            (embeddings,) = self._embedding.run(None, {"token_ids": token_ids[None]})
-        return embeddings[0]
+            embeddings: Float = self._embedding.run(None, {"token_ids": token_ids[None]})[0]
+        return embeddings[0]  # type: ignore[no-any-return]
 
     def new_state(self) -> OnnxDecoderState:
         """An empty KV cache of the bundle's context length."""
@@ -120,7 +120,7 @@ class OnnxDecoderState:
         self._bind_input("embeddings", bound)
         with _running("decoder"):
             self._session.run_with_iobinding(self._binding)
-        return self._logits[0]
+        return self._logits[0]  # type: ignore[no-any-return]
 
     def _bind_input(self, name: str, array: NDArray[np.generic]) -> None:
         self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
@@ -174,11 +174,12 @@ def _check_interface(
         wanted = [(t.name, _TYPES[t.dtype], list(t.shape)) for t in promised]
         got = [(value.name, value.type, list(value.shape)) for value in actual]
         if wanted != got:
+            counts = (f"{len(got)} tensors", f"{len(wanted)} tensors")
             pairs = zip(got, wanted, strict=False)
-            differing = next((pair for pair in pairs if pair[0] != pair[1]), None)
+            differing = next((pair for pair in pairs if pair[0] != pair[1]), counts)
             raise BundleError(
                 "graph is not what the manifest says",
                 where=path,
-                got=differing[0] if differing else f"{len(got)} tensors",
-                wanted=differing[1] if differing else f"{len(wanted)} tensors",
+                got=differing[0],
+                wanted=differing[1],
             )

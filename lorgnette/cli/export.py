@@ -1,0 +1,229 @@
+"""`lorgnette export`: a checkpoint to a bundle."""
+
+from __future__ import annotations
+
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from lorgnette.cli.output import Command, print_json, printable, require_extra, size, steps, table
+from lorgnette.errors import ConfigError
+from lorgnette.recipe import Recipe
+
+if TYPE_CHECKING:
+    from lorgnette.bundle import Bundle
+    from lorgnette.manifest import ComponentEntry
+    from lorgnette.runtime.golden import GoldenText
+    from lorgnette.runtime.verify import Ladder
+
+EXCLUSIVE = ("longest_edge", "max_tiles")
+"""Two ways to say the same: the one that is given last replaces the other."""
+
+
+@click.command(cls=Command)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--target", help="What it is made for: see 'lorgnette list targets'.  [onnx-cpu]")
+@click.option("--quant", help="How weights are stored: see 'lorgnette list schemes'.  [fp32]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="The bundle.  [CHECKPOINT's name-QUANT.lorg]"
+)
+@click.option("--context", type=int, help="KV cache capacity in tokens.  [the model's, up to 8192]")
+@click.option("--max-tiles", type=int, help="The most tiles that one picture may become.")
+@click.option("--longest-edge", type=int, help="The same, as pixels of a picture's longest side.")
+@click.option("--split/--no-split", default=None, help="Whether pictures are cut into tiles.")
+@click.option(
+    "--recipe",
+    "recipe_file",
+    type=click.Path(path_type=Path),
+    help="A TOML file of choices; the options here go before it.",
+)
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A choice by its name.")
+@click.option("--force", is_flag=True, help="Replace a bundle that stands there.")
+def export(
+    checkpoint: Path,
+    target: str | None,
+    quant: str | None,
+    out: Path | None,
+    context: int | None,
+    max_tiles: int | None,
+    longest_edge: int | None,
+    split: bool | None,
+    recipe_file: Path | None,
+    settings: tuple[str, ...],
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Compiles CHECKPOINT, a folder as published, into a bundle and verifies it."""
+    options = {
+        "target": target,
+        "quant": quant,
+        "context_length": context,
+        "longest_edge": longest_edge,
+        "max_tiles": max_tiles,
+        "split": split,
+    }
+    given = {key: value for key, value in options.items() if value is not None}
+    recipe = build_recipe(recipe_file, settings, given)
+    require_extra("export")
+    from lorgnette.export.pipeline import export as run_export
+    from lorgnette.runtime.golden import read_golden
+
+    out = out or Path(f"{checkpoint.resolve().name}-{recipe.quant}.lorg")
+    started = time.perf_counter()
+    with steps() as progress:
+        bundle, ladder = run_export(checkpoint, out, recipe, replace=force, progress=progress)
+    document = _document(bundle, ladder, read_golden(bundle).text, time.perf_counter() - started)
+    if as_json:
+        print_json(document)
+    else:
+        _print_summary(document, bundle, ladder)
+
+
+def build_recipe(file: Path | None, settings: Sequence[str], options: Mapping[str, Any]) -> Recipe:
+    """A recipe from a TOML file, then --set, then options; the later goes before the earlier.
+
+    Raises:
+        ConfigError: The file or a setting is not understood.
+    """
+    levels = [read_recipe_file(file) if file is not None else {}, _parse_settings(settings)]
+    merged: dict[str, Any] = {}
+    for level in (*levels, options):
+        if any(key in level for key in EXCLUSIVE):
+            merged = {key: value for key, value in merged.items() if key not in EXCLUSIVE}
+        merged |= level
+    return msgspec.convert(merged, Recipe)
+
+
+def read_recipe_file(file: Path) -> dict[str, Any]:
+    """The choices of a TOML file.
+
+    Raises:
+        ConfigError: It cannot be read, or a key or a value is not a recipe's.
+    """
+    try:
+        values = tomllib.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError("cannot read the recipe", where=file, got=error.strerror) from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError("the recipe is not valid TOML", where=file, got=error) from error
+    return {key: _field(key, value, str(file), strict=True) for key, value in values.items()}
+
+
+def _parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE texts as values of a recipe."""
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(
+                "a setting has no value", where="--set", got=setting, wanted="key=value"
+            )
+        values[key] = _field(key, value, "--set", strict=False)
+    return values
+
+
+def _field(key: str, value: object, where: str, *, strict: bool) -> object:
+    """One value of a recipe, of the type that the recipe wants.
+
+    Not strict means that the value is text that stands for it.
+    """
+    types = {field.name: field.type for field in msgspec.structs.fields(Recipe)}
+    if key not in types:
+        raise ConfigError(
+            "unknown key of a recipe",
+            where=where,
+            got=repr(key),
+            wanted=f"one of {', '.join(types)}",
+        )
+    try:
+        return msgspec.convert(value, types[key], strict=strict)
+    except msgspec.ValidationError as error:
+        raise ConfigError(
+            f"'{key}' has a value of the wrong kind", where=where, got=repr(value), hint=str(error)
+        ) from error
+
+
+def _document(
+    bundle: Bundle, ladder: Ladder, golden: GoldenText, seconds: float
+) -> dict[str, object]:
+    from lorgnette.runtime.generation import peak_rss_bytes
+
+    manifest = bundle.manifest
+    return {
+        "bundle": str(bundle.path),
+        "bytes": sum(entry.bytes for entry in manifest.files),
+        "files": [msgspec.to_builtins(entry) for entry in manifest.files],
+        "seconds": round(seconds, 3),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "components": [
+            {
+                "name": entry.name,
+                "weight_bytes": entry.weight_bytes,
+                "operators": entry.operators,
+                "kept_in_float": entry.kept_in_float,
+            }
+            for entry in manifest.components
+        ],
+        "ladder": [msgspec.to_builtins(rung) for rung in ladder.rungs],
+        "rounding": {
+            "image_tokens": golden.rounding_image_tokens,
+            "logits": golden.rounding_logits,
+        },
+    }
+
+
+def _print_summary(document: Mapping[str, Any], bundle: Bundle, ladder: Ladder) -> None:
+    click.echo(
+        f"{document['bundle']}: {size(document['bytes'])} in {len(document['files'])} files, "
+        f"made in {document['seconds']:.1f} s"
+    )
+    for line in (*component_lines(bundle.manifest.components), *rung_lines(ladder)):
+        click.echo(printable(line))
+    rounding = document["rounding"]
+    if any(rounding.values()):
+        click.echo(
+            f"Rounding the weights moved the image tokens by {rounding['image_tokens']:.2%} and "
+            f"the logits by {rounding['logits']:.2%}."
+        )
+
+
+def component_lines(components: Sequence[ComponentEntry]) -> list[str]:
+    """Weights of each component by storage form, and what stayed float against the plan."""
+    rows = [
+        (
+            entry.name,
+            size(sum(entry.weight_bytes.values())),
+            forms(entry.weight_bytes),
+        )
+        for entry in components
+    ]
+    kept = [
+        f"  {entry.name}: '{name}' stayed float: {reason}"
+        for entry in components
+        for name, reason in entry.kept_in_float.items()
+    ]
+    return [*table(rows), *kept]
+
+
+def forms(weight_bytes: Mapping[str, int]) -> str:
+    """Bytes of weights by storage form."""
+    return ", ".join(f"{form} {size(count)}" for form, count in weight_bytes.items() if count)
+
+
+def rung_lines(ladder: Ladder) -> list[str]:
+    """A line for each rung of the parity ladder."""
+    return table(
+        [
+            (
+                rung.name,
+                "ok" if rung.passed else "FAILED",
+                rung.detail + (f", bound {rung.bound:g}" if rung.bound is not None else ""),
+            )
+            for rung in ladder.rungs
+        ]
+    )

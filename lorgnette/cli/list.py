@@ -1,0 +1,100 @@
+"""`lorgnette list`: what is known, and what of it works on this machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lorgnette.cli.output import Command, missing_modules, print_json, table
+
+if TYPE_CHECKING:
+    from lorgnette.targets.target import Target
+
+
+@click.command(name="list", cls=Command)
+@click.argument("kind", type=click.Choice(["families", "targets", "schemes"]))
+def list_known(kind: str, as_json: bool) -> None:
+    """Lists the model families, the deployment targets or the quantisation schemes."""
+    entries = {"families": list_families, "targets": list_targets, "schemes": list_schemes}[kind]()
+    if as_json:
+        print_json({kind: entries})
+        return
+    click.echo("\n".join(table([_row(entry) for entry in entries], indent="")))
+
+
+def list_families() -> list[dict[str, Any]]:
+    """Every family; what it reads is known where the export extra is installed."""
+    from lorgnette.export.families import family_names, load_family
+
+    missing = missing_modules("export")
+    if missing:
+        reason = f"needs lorgnette[export]: no {', '.join(missing)}"
+        return [{"name": name, "model_types": None, "reason": reason} for name in family_names()]
+    return [
+        {"name": name, "model_types": list(load_family(name).MODEL_TYPES), "reason": None}
+        for name in family_names()
+    ]
+
+
+def list_targets() -> list[dict[str, Any]]:
+    """Every target, and whether this machine can lower to it and run what comes out."""
+    from lorgnette.targets import all_targets
+
+    return [_target(target) for target in all_targets().values()]
+
+
+def _target(target: Target) -> dict[str, Any]:
+    capabilities = target.capabilities
+    missing = missing_modules("export")
+    no_lower = f"no {', '.join(missing)}: pip install 'lorgnette[export]'" if missing else None
+    return {
+        "name": target.name,
+        "summary": capabilities.summary,
+        "schemes": list(capabilities.plans),
+        "engine": f"{capabilities.engine}>={capabilities.engine_min_version}",
+        "can_lower": no_lower is None,
+        "no_lower_reason": no_lower,
+        **_can_run(capabilities.engine, capabilities.engine_min_version),
+    }
+
+
+def _can_run(engine: str, min_version: str) -> dict[str, Any]:
+    from lorgnette.cli.doctor import fits
+
+    reason = None
+    try:
+        version = importlib.metadata.version(engine)
+        if not fits(version, f">={min_version}"):
+            reason = f"{engine} {version} is too old"
+    except importlib.metadata.PackageNotFoundError:
+        reason = f"{engine} is not installed"
+    return {"can_run": reason is None, "no_run_reason": reason}
+
+
+def list_schemes() -> list[dict[str, Any]]:
+    """Every named plan and the targets that take it."""
+    from lorgnette.quantize.plan import PLANS
+    from lorgnette.targets import all_targets
+
+    targets = all_targets().values()
+    return [
+        {
+            "name": plan.name,
+            "summary": plan.summary,
+            "targets": [t.name for t in targets if plan.name in t.capabilities.plans],
+        }
+        for plan in PLANS.values()
+    ]
+
+
+def _row(entry: dict[str, Any]) -> tuple[str, ...]:
+    if "model_types" in entry:
+        types = entry["model_types"]
+        return entry["name"], entry["reason"] or f"model types {', '.join(types)}"
+    if "can_run" in entry:
+        lower = "can be made here" if entry["can_lower"] else entry["no_lower_reason"]
+        run = "runs here" if entry["can_run"] else entry["no_run_reason"]
+        return entry["name"], entry["summary"], lower, run
+    return entry["name"], entry["summary"], f"targets: {', '.join(entry['targets'])}"

@@ -1,0 +1,115 @@
+"""Sizes known before anything is made: weights of a scheme, the KV cache, tiles of a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lorgnette.runtime.preprocess import grid_for
+from lorgnette.spec import ModelSpec, TextSpec, TilePreprocess
+
+if TYPE_CHECKING:
+    from lorgnette.export.check import Parts
+    from lorgnette.export.weights import WeightSource
+    from lorgnette.quantize.plan import QuantPlan
+    from lorgnette.quantize.scheme import QuantScheme
+
+FLOAT32_BYTES = 4
+PICTURES = (("640x480", 640, 480), ("1:1", 1024, 1024))
+"""Example pictures: name, width, height."""
+
+
+def kv_bytes_per_token(text: TextSpec) -> int:
+    """Keys and values of one position in every layer, float32."""
+    return text.layers * 2 * text.kv_heads * text.head_size * FLOAT32_BYTES
+
+
+def tiles_of(width: int, height: int, preprocess: TilePreprocess) -> int:
+    """Tiles of a picture, thumbnail included."""
+    rows, cols = grid_for(height, width, preprocess)
+    return rows * cols + 1 if rows else 1
+
+
+def pictures(spec: ModelSpec, preprocess: TilePreprocess) -> list[dict[str, Any]]:
+    """What example pictures cost in tiles and image tokens."""
+    return [
+        {
+            "picture": name,
+            "tiles": tiles_of(width, height, preprocess),
+            "image_tokens": tiles_of(width, height, preprocess) * spec.image_tokens_per_tile,
+        }
+        for name, width, height in PICTURES
+    ]
+
+
+def memory(
+    spec: ModelSpec, preprocess: TilePreprocess, context_length: int, weight_bytes: int
+) -> dict[str, int]:
+    """What a run holds at most: weights, a full KV cache, the image tokens of a square picture.
+
+    A prediction, and a lower bound: Python, the engine's code, its own copies of weights and the
+    activations come on top.
+    """
+    kv = kv_bytes_per_token(spec.text) * context_length
+    tokens = tiles_of(1024, 1024, preprocess) * spec.image_tokens_per_tile
+    image = tokens * spec.text.hidden_size * FLOAT32_BYTES
+    return {
+        "weights": weight_bytes,
+        "kv_cache_at_full_context": kv,
+        "image_tokens": image,
+        "total": weight_bytes + kv + image,
+    }
+
+
+def bundle_weight_bytes(
+    sources: Mapping[str, WeightSource], matrices: Mapping[str, set[str]], plan: QuantPlan
+) -> int:
+    """Size of the weight file that a plan makes, its alignment included.
+
+    Args:
+        sources: The weights of each component.
+        matrices: The parameters of each that the plan applies to; all others stay float32.
+        plan: The plan.
+    """
+    from lorgnette.targets.onnx.weight_file import PAGE_BYTES, SMALL_ALIGN_BYTES
+
+    stored: set[tuple[str, str]] = set()
+    end = 0
+    for component, source in sources.items():
+        for name, shape in source.shapes.items():
+            origin = source.origin(name) or f"{component}/{name}"
+            scheme = plan.scheme_for(component, name) if name in matrices[component] else None
+            for form, count in _blobs(shape, scheme):
+                if (origin, form) not in stored:
+                    stored.add((origin, form))
+                    end += -end % (PAGE_BYTES if count >= PAGE_BYTES else SMALL_ALIGN_BYTES) + count
+    return end
+
+
+def _blobs(shape: tuple[int, ...], scheme: QuantScheme | None) -> list[tuple[str, int]]:
+    """What one parameter stores: codes and scales of an integer matrix, else one array."""
+    elements = math.prod(shape)
+    if scheme is None:
+        return [("32", elements * FLOAT32_BYTES)]
+    if not scheme.is_integer:
+        return [(str(scheme.bits), scheme.stored_bytes(elements))]
+    rows, columns = shape
+    padded = rows * -(-columns // scheme.group_size) * scheme.group_size
+    codes = padded * scheme.bits // 8
+    form = f"{scheme.bits}g{scheme.group_size}"
+    return [(f"{form}.codes", codes), (f"{form}.scales", scheme.stored_bytes(padded) - codes)]
+
+
+def checkpoint_weight_bytes(parts: Parts) -> dict[str, int]:
+    """Predicted size of the weight file under every named plan."""
+    from lorgnette.export.reference import matrix_names
+    from lorgnette.export.trace import build_module
+    from lorgnette.quantize.plan import PLANS
+
+    matrices = {
+        component.name: matrix_names(build_module(component)) for component in parts.components
+    }
+    return {
+        name: bundle_weight_bytes(parts.sources, matrices, plan) for name, plan in PLANS.items()
+    }

@@ -1,0 +1,127 @@
+"""`lorgnette verify`: whether a bundle gives the original's answer on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from lorgnette.cli.export import rung_lines
+from lorgnette.cli.output import Command, fail, print_json, printable, require_extra, steps
+from lorgnette.errors import ConfigError, VerifyError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lorgnette.bundle import Bundle
+    from lorgnette.runtime.golden import Golden
+    from lorgnette.runtime.verify import Ladder
+
+
+@click.command(cls=Command)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    metavar="CHECKPOINT",
+    help="Compare with what this checkpoint computes now, not with what the bundle recorded.",
+)
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A picture to compare on, with --against; repeatable.  [a built-in one]",
+)
+def verify(bundle: Path, against: Path | None, images: tuple[Path, ...], as_json: bool) -> None:
+    """Climbs the parity ladder of BUNDLE: pixels, prompt, image tokens, logits, greedy ids.
+
+    Exits with 1 where a rung fails.
+    """
+    if images and against is None:
+        raise click.UsageError("--image needs --against, which computes what is to be expected")
+    from lorgnette.bundle import open_bundle
+    from lorgnette.runtime.model import Model
+    from lorgnette.runtime.verify import verify as climb
+
+    opened = open_bundle(bundle)
+    with steps() as progress:
+        goldens: Sequence[Golden | None] = [None]
+        if against is not None:
+            goldens = _fresh_goldens(opened, against, images, progress)
+        progress("open bundle")
+        model = Model(opened)
+        progress("climb the ladder")
+        ladders = [climb(model, golden) for golden in goldens]
+    names = [str(image) for image in images] or ["built-in picture"]
+    document = _document(opened, against, dict(zip(names, ladders, strict=True)))
+    if not as_json:
+        for name, ladder in zip(names, ladders, strict=True):
+            click.echo(printable(f"{name}:"))
+            click.echo("\n".join(rung_lines(ladder)))
+    for ladder in ladders:
+        try:
+            ladder.require(bundle)
+        except VerifyError as error:
+            fail(error, as_json, document)
+    if as_json:
+        print_json(document)
+
+
+def _fresh_goldens(
+    bundle: Bundle, against: Path, images: Sequence[Path], progress: Callable[[str], None]
+) -> list[Golden]:
+    """Golden data computed from the checkpoint the way the bundle was asked for.
+
+    Raises:
+        ConfigError: The checkpoint is another model than the bundle was made from.
+    """
+    require_extra("export")
+    from lorgnette.export.check import make_golden
+    from lorgnette.export.checkpoint import open_checkpoint
+    from lorgnette.export.pipeline import read_parts
+    from lorgnette.quantize.plan import find_plan
+    from lorgnette.runtime.image import load_image
+
+    progress("read checkpoint")
+    recipe = bundle.manifest.recipe
+    pictures = [load_image(image) for image in images]
+    parts = read_parts(open_checkpoint(against), recipe)
+    if parts.spec != bundle.manifest.spec:
+        raise ConfigError(
+            "the checkpoint is another model than the bundle's",
+            where=against,
+            got=_differences(parts.spec, bundle.manifest.spec),
+            hint="give the checkpoint that the bundle was exported from",
+        )
+    plan = find_plan(recipe.quant)
+    if not pictures:
+        return [make_golden(parts, plan, progress)]
+    return [make_golden(parts, plan, progress, picture) for picture in pictures]
+
+
+def _differences(got: msgspec.Struct, wanted: msgspec.Struct, prefix: str = "") -> str:
+    """The fields in which two specs differ, with both values."""
+    found = []
+    for name in got.__struct_fields__:
+        a, b = getattr(got, name), getattr(wanted, name)
+        if isinstance(a, msgspec.Struct) and a != b:
+            found.append(_differences(a, b, f"{prefix}{name}."))
+        elif a != b:
+            found.append(f"{prefix}{name} {a} instead of {b}")
+    return ", ".join(found)
+
+
+def _document(bundle: Bundle, against: Path | None, ladders: dict[str, Ladder]) -> dict[str, Any]:
+    return {
+        "bundle": str(bundle.path),
+        "against": None if against is None else str(against),
+        "passed": all(ladder.passed for ladder in ladders.values()),
+        "ladders": [
+            {"picture": name, "rungs": [msgspec.to_builtins(rung) for rung in ladder.rungs]}
+            for name, ladder in ladders.items()
+        ],
+    }
