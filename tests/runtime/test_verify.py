@@ -194,7 +194,7 @@ def scale(factor: float) -> Callable[[np.ndarray], None]:
     "tensor",
     [
         "projector.projection.weight",
-        "tower.layers.0.attention.q_proj.weight",
+        "tower.layers.0.attention.",
         "tower.layers.1.mlp.fc2.bias",
         "tower.embed.position",
         "tower.embed.std",
