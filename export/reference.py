@@ -140,7 +140,8 @@ def stream_module(module: nn.Module, source: WeightSource) -> None:
     """Makes every layer of a meta module read its weights when it runs and drop them after."""
 
     def attach(layer: nn.Module, prefix: str) -> None:
-        names = [*layer._parameters, *layer._buffers]
+        held = {**layer._parameters, **layer._buffers}
+        names = [name for name, value in held.items() if value is not None]
 
         def load(target: nn.Module, _: object) -> None:
             for name in names:

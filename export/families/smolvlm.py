@@ -20,7 +20,7 @@ from lorgnette.export.layers.decoder import LlamaDecoder
 from lorgnette.export.layers.projectors import PixelShuffleProjector
 from lorgnette.export.layers.rope import rope_tables
 from lorgnette.export.layers.vision import SiglipTower
-from lorgnette.export.weights import Computed, Flatten, Rule
+from lorgnette.export.weights import Computed, Flatten, Rule, Stack
 from lorgnette.spec import (
     ImageTemplate,
     ModelSpec,
@@ -395,13 +395,21 @@ def _decoder(spec: ModelSpec, context_length: int) -> Component:
         "cos": Computed(lambda: tables()[0]),
         "sin": Computed(lambda: tables()[1]),
         "layers.{i}.norm1": f"{layer}input_layernorm",
-        "layers.{i}.attention.q_proj": f"{layer}self_attn.q_proj",
-        "layers.{i}.attention.k_proj": f"{layer}self_attn.k_proj",
-        "layers.{i}.attention.v_proj": f"{layer}self_attn.v_proj",
+        "layers.{i}.attention.qkv_proj": Stack(
+            (
+                (f"{layer}self_attn.q_proj", text.heads * text.head_size),
+                (f"{layer}self_attn.k_proj", text.kv_heads * text.head_size),
+                (f"{layer}self_attn.v_proj", text.kv_heads * text.head_size),
+            )
+        ),
         "layers.{i}.attention.o_proj": f"{layer}self_attn.o_proj",
         "layers.{i}.norm2": f"{layer}post_attention_layernorm",
-        "layers.{i}.mlp.gate_proj": f"{layer}mlp.gate_proj",
-        "layers.{i}.mlp.up_proj": f"{layer}mlp.up_proj",
+        "layers.{i}.mlp.gate_up_proj": Stack(
+            (
+                (f"{layer}mlp.gate_proj", text.intermediate_size),
+                (f"{layer}mlp.up_proj", text.intermediate_size),
+            )
+        ),
         "layers.{i}.mlp.down_proj": f"{layer}mlp.down_proj",
         "norm": "model.text_model.norm",
         "head": "model.text_model.embed_tokens" if text.tied_embeddings else "lm_head",

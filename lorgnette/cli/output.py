@@ -38,17 +38,14 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Reads the arguments; a wrong one gives a JSON document too, where that was asked for."""
         as_json = "--json" in args
-        try:
+        with _usage_errors(as_json):
             return super().parse_args(ctx, args)
-        except click.UsageError as error:
-            if as_json:
-                print_json({"error": _plain("UsageError", error.format_message())})
-            raise
 
     def invoke(self, ctx: click.Context) -> object:
         """Runs the command and turns what it raises into a line and an exit code."""
         try:
-            result: object = super().invoke(ctx)
+            with _usage_errors(bool(ctx.params.get("as_json"))):
+                result: object = super().invoke(ctx)
             sys.stdout.flush()
             return result
         except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -57,6 +54,17 @@ class Command(click.Command):
             if ctx.meta[DEBUG]:
                 traceback.print_exc()
             _leave(ctx, error)
+
+
+@contextmanager
+def _usage_errors(as_json: bool) -> Iterator[None]:
+    """Gives a usage error, which click prints on stderr, a document on stdout too."""
+    try:
+        yield
+    except click.UsageError as error:
+        if as_json:
+            print_json({"error": _plain("UsageError", error.format_message())})
+        raise
 
 
 def _remember(ctx: click.Context, _: click.Parameter, value: bool) -> None:

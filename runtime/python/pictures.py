@@ -19,8 +19,8 @@ from lorgnette.runtime.preprocess import Tiles
 PictureSource = str | Path | bytes | Image.Image | NDArray[np.generic]
 """A picture: a file, the bytes of one, a Pillow picture, or uint8 RGB `[H, W, 3]`."""
 
-TILES_PER_CALL = 4
-"""Tiles encoded at once: enough to fill the cores, few enough to keep activations small."""
+TILES_PER_CALL = 1
+"""Tiles encoded at once. A tile's thousand patches fill the cores; more only cost memory."""
 CACHE_BYTES = 64 * 2**20
 """Image tokens kept for pictures that come again; the oldest go first."""
 

@@ -145,8 +145,8 @@ def bidirectional_attention(builder: GraphBuilder, node: torch.fx.Node, known: K
 
 def cached_attention(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> list[ir.Value]:
     """Grouped-query attention with rotary embedding, writing the bound cache in place."""
-    q, k, v, key_cache, value_cache, cos, sin, past = (
-        _value(builder, known, argument) for argument in node.args[:8]
+    qkv, key_cache, value_cache, cos, sin, past = (
+        _value(builder, known, argument) for argument in node.args[:6]
     )
     total = builder.shared("total_length", lambda: _total_length(builder, past))
     last = builder.shared(
@@ -154,11 +154,11 @@ def cached_attention(builder: GraphBuilder, node: torch.fx.Node, known: Known) -
         lambda: builder.node("Sub", [total, builder.constant(np.array([1], np.int32))])[0],
     )
     attributes = {
-        "num_heads": cast("int", node.args[8]),
-        "kv_num_heads": cast("int", node.args[9]),
+        "num_heads": cast("int", node.args[6]),
+        "kv_num_heads": cast("int", node.args[7]),
         "do_rotary": 1,
     }
-    inputs = [q, k, v, key_cache, value_cache, last, total, cos, sin]
+    inputs = [qkv, None, None, key_cache, value_cache, last, total, cos, sin]
     return builder.node("GroupQueryAttention", inputs, attributes, domain=CONTRIB, outputs=3)
 
 
@@ -237,6 +237,21 @@ def slice_axis(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.V
     return builder.node("Slice", [_value(builder, known, node.args[0]), *inputs])[0]
 
 
+def chunk(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> list[ir.Value]:
+    """An axis cut into equal parts.
+
+    Raises:
+        ConfigError: The axis is not divisible.
+    """
+    count = cast("int", node.args[1])
+    axis = cast("int", node.args[2]) if len(node.args) > 2 else 0
+    size = cast("torch.fx.Node", node.args[0]).meta["val"].shape[axis]
+    if size % count:
+        raise ConfigError("chunks are not equal", where=f"{builder.component.name} {node}")
+    x = _value(builder, known, node.args[0])
+    return builder.node("Split", [x], {"axis": axis, "num_outputs": count}, outputs=count)
+
+
 def cast_to(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
     """A change of dtype."""
     x = _value(builder, known, node.args[0])
@@ -282,6 +297,7 @@ TRANSLATIONS: dict[str, Translation] = {
     "aten.permute.default": permute,
     "aten.select.int": select,
     "aten.slice.Tensor": slice_axis,
+    "aten.chunk.default": chunk,
     "aten.to.dtype": cast_to,
     "aten.alias.default": same,
     "aten._assert_tensor_metadata.default": nothing,

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
@@ -166,6 +167,18 @@ def test_telemetry_is_off_before_onnxruntime_is_imported() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
     said = run_python("-c", WATCH_TELEMETRY, environment=environment).splitlines()
     assert said == ["at import: 1", "after: 1"]
+
+
+def test_onnxruntime_is_imported_in_one_place() -> None:
+    # The place that switches telemetry off first.
+    pattern = re.compile(r"^\s*(import|from) onnxruntime\b", re.MULTILINE)
+    importing = {
+        path.relative_to(ROOT).as_posix()
+        for path in code_files()
+        if pattern.search(path.read_text(encoding="utf-8"))
+        and not path.is_relative_to(ROOT / "tests")
+    }
+    assert importing == {"runtime/python/engines/onnx.py"}
 
 
 @pytest.mark.parametrize("name", module_names())

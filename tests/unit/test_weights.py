@@ -15,7 +15,9 @@ from lorgnette.export.families.smolvlm import IGNORED_TENSORS
 from lorgnette.export.weights import (
     Computed,
     Flatten,
+    Part,
     Rule,
+    Stack,
     WeightSource,
     check_all_used,
     load_module,
@@ -119,14 +121,25 @@ def test_rules() -> None:
         "layers.{i}.up": "model.h.{i}.w1",
         "layers.{i}.gain": "model.h.{i}.g.weight",
         "norm": "model.norm",
+        "layers.{i}.both": Stack((("model.h.{i}.a", 3), ("model.h.{i}.b", 1))),
+        "table": Computed(lambda: torch.ones(1)),
     }
-    assert resolve_rule("layers.12.up.weight", rules) == "model.h.12.w1.weight"
-    assert resolve_rule("layers.3.up.bias", rules) == "model.h.3.w1.bias"
-    assert resolve_rule("norm.weight", rules) == "model.norm.weight"
-    assert resolve_rule("embed.weight", rules) == Flatten("conv.weight", (4, 3, 2, 2))
-    assert resolve_rule("layers.3.gain", rules) == "model.h.3.g.weight"
+    for name, shape, wanted in (
+        ("layers.12.up.weight", (4, 5), [("model.h.12.w1.weight", (4, 5))]),
+        ("layers.3.up.bias", (4,), [("model.h.3.w1.bias", (4,))]),
+        ("norm.weight", (4,), [("model.norm.weight", (4,))]),
+        ("embed.weight", (4, 12), [("conv.weight", (4, 3, 2, 2))]),
+        ("layers.3.gain", (4,), [("model.h.3.g.weight", (4,))]),
+        (
+            "layers.2.both.weight",
+            (4, 5),
+            [("model.h.2.a.weight", (3, 5)), ("model.h.2.b.weight", (1, 5))],
+        ),
+    ):
+        assert resolve_rule(name, shape, rules) == tuple(Part(*part) for part in wanted)
+    assert resolve_rule("table", (1,), rules) is rules["table"]
     with pytest.raises(KeyError):
-        resolve_rule("head.weight", rules)
+        resolve_rule("head.weight", (4, 4), rules)
 
 
 class Small(nn.Module):
@@ -168,12 +181,27 @@ def test_every_published_tensor_is_read_once_or_ignored(tmp_path: Path) -> None:
     for tied in (False, True):
         eager = Eager(make_checkpoint(tmp_path / str(tied), tiny_config(), tied=tied))
         used = [
-            source.origin(name)
+            origin
             for source in eager.sources.values()
             for name in source.shapes
-            if source.origin(name) is not None
+            for origin in (source.origin(name) or "").split("+")
+            if origin
         ]
         twice = {name for name in used if used.count(name) > 1}
         assert twice == ({"model.text_model.embed_tokens.weight"} if tied else set())
         assert set(used) == set(eager.checkpoint.tensors)
     assert HEAD.replace(".", r"\.") in IGNORED_TENSORS
+
+
+def test_stacked_rows(tmp_path: Path) -> None:
+    """Rows come in the order of the rule; a part of another height is refused."""
+    weights = {"a.weight": torch.arange(6.0).reshape(3, 2), "b.weight": torch.full((1, 2), 9.0)}
+    checkpoint = tensor_folder(tmp_path, weights)
+    shapes = {"both.weight": (4, 2)}
+    source = WeightSource(checkpoint, shapes, {"both": Stack((("a", 3), ("b", 1)))})
+    assert torch.equal(
+        source.tensor("both.weight"), torch.cat([weights["a.weight"], weights["b.weight"]])
+    )
+    assert source.used_tensors() == {"a.weight", "b.weight"}
+    with pytest.raises(CheckpointError, match=r"'a\.weight' has the wrong shape"):
+        WeightSource(checkpoint, shapes, {"both": Stack((("a", 2), ("b", 2)))})
