@@ -267,7 +267,7 @@ def test_operators_are_the_fused_ones(graphs: Graphs) -> None:
     assert decoder["ai.onnx::SimplifiedLayerNormalization"] == 2
     kept_whole = graphs.eager.plan.rules[-1][1].is_integer
     matmul = "com.microsoft::MatMulNBits" if kept_whole else "com.microsoft::FusedMatMul"
-    assert decoder[matmul] == 7 * layers + 1
+    assert decoder[matmul] == 4 * layers + 1
     assert vision[matmul] == 6 * spec.vision.layers + 2
     gather = "com.microsoft::GatherBlockQuantized" if kept_whole else "ai.onnx::Gather"
     assert operators["token_embedding"][gather] == 1
