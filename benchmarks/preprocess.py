@@ -27,7 +27,7 @@ from PIL import Image
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from lorgnette.runtime import resample
-from lorgnette.runtime.preprocess import _longest_edge_size, _whole_tiles, pixel_values, prepare
+from lorgnette.runtime.preprocess import pixel_values, prepare, resize_steps
 from lorgnette.spec import TilePreprocess
 
 SIZES = ("640x427", "3000x2000", "448x172")
@@ -58,16 +58,10 @@ def picture(width: int, height: int) -> resample.Pixels:
 
 def pillow_resizes(image: Image.Image, spec: TilePreprocess) -> Image.Image:
     """The three resizes of the reference, by Pillow alone."""
-    for size in sizes_of(image, spec):
-        image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    steps = resize_steps(image.height, image.width, spec)
+    for height, width in [*steps, (spec.tile_size, spec.tile_size)]:
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
     return image
-
-
-def sizes_of(image: Image.Image, spec: TilePreprocess) -> list[tuple[int, int]]:
-    """Heights and widths that the picture passes through."""
-    first = _longest_edge_size(image.height, image.width, spec.longest_edge)
-    whole = _whole_tiles(*first, spec.tile_size)
-    return [first, whole, (spec.tile_size, spec.tile_size)]
 
 
 def pairs_for(pixels: resample.Pixels, spec: TilePreprocess) -> dict[str, Pair]:
@@ -123,24 +117,20 @@ def main() -> None:
     parser.add_argument("--tile", type=int, default=512)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    spec, results = spec_for(options.tile), []
+    spec = spec_for(options.tile)
+    results: list[tuple[str, str, float, float]] = []
     for size in options.size:
         width, height = map(int, size.split("x"))
         for name, pair in pairs_for(picture(width, height), spec).items():
-            ours, reference = time_in_turns(pair, options.rounds)
-            results.append(
-                {"size": size, "what": name, "ours_ms": ours, "reference_ms": reference}
-            )
+            results.append((size, name, *time_in_turns(pair, options.rounds)))
     if options.json:
-        print(json.dumps({"threads": os.environ.get("OMP_NUM_THREADS"), "results": results}))
+        keys = ("size", "what", "ours_ms", "reference_ms")
+        rows = [dict(zip(keys, row, strict=True)) for row in results]
+        print(json.dumps({"threads": os.environ.get("OMP_NUM_THREADS"), "results": rows}))
         return
     print(f"{'picture':>10} {'what':>7} {'ours ms':>9} {'reference ms':>13} {'ratio':>6}")
-    for row in results:
-        ratio = float(row["reference_ms"]) / float(row["ours_ms"])
-        print(
-            f"{row['size']:>10} {row['what']:>7} {row['ours_ms']:9.1f} "
-            f"{row['reference_ms']:13.1f} {ratio:6.2f}"
-        )
+    for size, name, ours, reference in results:
+        print(f"{size:>10} {name:>7} {ours:9.1f} {reference:13.1f} {reference / ours:6.2f}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from lorgnette.export.weights import WeightSource
 from lorgnette.manifest import Bounds
 from lorgnette.quantize.plan import QuantPlan
 from lorgnette.runtime.golden import Golden, GoldenText, tiles_digest
-from lorgnette.runtime.preprocess import prepare
+from lorgnette.runtime.preprocess import grid_for, prepare
 from lorgnette.runtime.prompt import ImagePart, Message, encode_prompt, image_slots
 from lorgnette.runtime.tokenizer import Tokenizer
 from lorgnette.runtime.verify import relative_error
@@ -33,6 +33,7 @@ class Parts:
     preprocess: TilePreprocess
     prompt: PromptSpec
     tokenizer: Tokenizer
+    context_length: int
     components: tuple[Component, ...]
     sources: Mapping[str, WeightSource]
 
@@ -47,6 +48,26 @@ def golden_picture() -> NDArray[np.uint8]:
     green = ((row // 4 + column // 8) % 2) * 255
     blue = (row * column * 7 + 31 * row) % 256
     return np.stack([red, green, blue], axis=-1).astype(np.uint8)
+
+
+def golden_prompt(parts: Parts, picture: NDArray[np.uint8], question: str = QUESTION) -> list[int]:
+    """The ids of a question about a picture.
+
+    Raises:
+        ConfigError: They and a short answer do not fit the context, naming what would.
+    """
+    height, width = picture.shape[:2]
+    grid = ImagePart(*grid_for(height, width, parts.preprocess))
+    ids = encode_prompt(parts.prompt, parts.tokenizer, [Message("user", (grid, question))])
+    needed, context_length = len(ids) + GREEDY_TOKENS, parts.context_length
+    if context_length < needed:
+        raise ConfigError(
+            "context length is too small for a picture and a short question",
+            got=context_length,
+            wanted=f"{needed} or more",
+            hint="give a larger --context, or a smaller --max-tiles",
+        )
+    return ids
 
 
 def bounds_for(plan: QuantPlan) -> Bounds:
@@ -85,17 +106,8 @@ def make_golden(
     """
     picture = golden_picture() if picture is None else picture
     tiles = prepare(picture, parts.preprocess)
-    message = Message("user", (ImagePart(tiles.rows, tiles.cols), question))
-    ids = encode_prompt(parts.prompt, parts.tokenizer, [message])
+    ids = golden_prompt(parts, picture, question)
     components = {component.name: component for component in parts.components}
-    capacity = components["decoder"].dynamic_axes["S"][1]
-    if len(ids) + GREEDY_TOKENS > capacity:
-        raise ConfigError(
-            "the picture that the bundle is verified with does not fit the context",
-            got=f"{len(ids)} tokens and {GREEDY_TOKENS} of an answer",
-            wanted=f"at most {capacity}",
-            hint="use a larger context or a smaller --max-tiles",
-        )
     progress("reference, original weights")
     original = Reference(components, parts.sources)
     image_tokens, logits, greedy = _run(original, parts, tiles.pixels, ids, GREEDY_TOKENS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from lorgnette.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
+    from safetensors import safe_open as SafeOpen
 
 MAX_JSON_BYTES = 64 * 2**20
 INDEX_NAME = "model.safetensors.index.json"
@@ -38,7 +40,7 @@ class Checkpoint:
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
-    _shards: Mapping[str, Any] = field(repr=False)
+    _shards: Mapping[str, SafeOpen] = field(repr=False)
 
     def json(self, name: str) -> dict[str, Any] | None:
         """Reads a JSON file of the directory, None where it does not exist."""
@@ -60,7 +62,7 @@ class Checkpoint:
         import torch
 
         info = self.tensors[name]
-        tensor: torch.Tensor = self._shards[info.shard].get_tensor(name)
+        tensor: torch.Tensor = self._shards[info.shard].get_tensor(name)  # type: ignore[no-untyped-call]
         return tensor.to(torch.float32, copy=True)
 
 
@@ -107,7 +109,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError("file is missing", where=file)
     try:
         value = json.loads(_bounded(file))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: syntax, encoding, endless numbers
         raise CheckpointError("file is not valid JSON", where=file, got=error) from error
     if not isinstance(value, dict):
         raise CheckpointError(
@@ -134,14 +136,16 @@ def _shard_index(root: Path) -> dict[str, str] | None:
     if not isinstance(index, dict) or not index:
         raise CheckpointError("index has no weight_map", where=file)
     for name, shard in index.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
             raise CheckpointError(
-                f"shard of '{name}' is not a plain file name", where=file, got=repr(shard)
+                f"shard of '{name}' is not the name of a safetensors file beside the index",
+                where=file,
+                got=repr(shard),
             )
     return index
 
 
-def _open_shard(root: Path, name: str) -> Any:
+def _open_shard(root: Path, name: str) -> SafeOpen:
     from safetensors import SafetensorError, safe_open
 
     file = root / name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,7 +69,7 @@ class ConfigReader:
         value = self._take(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self._error(key, value, "a number")
-        if not math.isfinite(value) or value <= 0:
+        if not 0 < value <= sys.float_info.max:  # compares integers of any size, refuses NaN
             raise self._error(key, value, "a positive number")
         return float(value)
 
@@ -93,6 +93,13 @@ class ConfigReader:
         if value is not None and value not in allowed:
             raise self._error(key, value, " or ".join(map(repr, allowed)))
 
+    def choice(self, key: str, *allowed: str) -> str:
+        """A required string, one of `allowed`."""
+        value = self._take(key, None)
+        if not isinstance(value, str) or value not in allowed:
+            raise self._error(key, value, " or ".join(map(repr, allowed)))
+        return value
+
     def ignore(self, keys: Mapping[str, str]) -> None:
         """Takes keys that do not change the model; the values say why."""
         self._seen |= keys.keys()
@@ -113,7 +120,7 @@ class ConfigReader:
                     "remove the key if it has no effect",
                 )
 
-    def _take(self, key: str, default: object) -> Any:
+    def _take(self, key: str, default: object) -> Any:  # noqa: ANN401  (JSON)
         self._seen.add(key)
         value = self.values.get(key)
         return default if value is None else value

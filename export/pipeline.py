@@ -12,7 +12,7 @@ import torch
 import lorgnette
 from lorgnette.bundle import Bundle, list_files, open_bundle, write_manifest, writing
 from lorgnette.errors import CheckpointError, ConfigError
-from lorgnette.export.check import Parts, bounds_for, make_golden
+from lorgnette.export.check import Parts, bounds_for, golden_picture, golden_prompt, make_golden
 from lorgnette.export.checkpoint import Checkpoint, open_checkpoint
 from lorgnette.export.component import Component, TensorSpec
 from lorgnette.export.families import find_family
@@ -72,7 +72,8 @@ def export(
     progress("read checkpoint")
     plan, target = find_plan(recipe.quant), find_target(recipe.target)
     checkpoint = open_checkpoint(checkpoint_path)
-    parts, context_length = read_parts(checkpoint, recipe)
+    parts = read_parts(checkpoint, recipe)
+    golden_prompt(parts, golden_picture())  # refuses a context that is too small
     problems = target.check(parts.spec, plan)
     if problems:
         raise ConfigError(f"cannot lower to {target.name}", got="; ".join(problems))
@@ -91,7 +92,7 @@ def export(
             recipe=recipe,
             spec=parts.spec,
             engine=target.capabilities.engine,
-            context_length=context_length,
+            context_length=parts.context_length,
             components=tuple(
                 _entry(component, result)
                 for component, result in zip(parts.components, lowered, strict=True)
@@ -108,11 +109,8 @@ def export(
     return open_bundle(out), ladder
 
 
-def read_parts(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Parts, int]:
+def read_parts(checkpoint: Checkpoint, recipe: Recipe) -> Parts:
     """Parses everything but the weights, whose names and shapes are checked.
-
-    Returns:
-        The parts, and the context length.
 
     Raises:
         LorgnetteError: Anything about the checkpoint or the recipe that does not fit.
@@ -132,7 +130,7 @@ def read_parts(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Parts, int]:
         for component in components
     }
     check_all_used(checkpoint, list(sources.values()), family.IGNORED_TENSORS)
-    return Parts(spec, preprocess, prompt, tokenizer, components, sources), context_length
+    return Parts(spec, preprocess, prompt, tokenizer, context_length, components, sources)
 
 
 def _choose_size(published: TilePreprocess, recipe: Recipe) -> TilePreprocess:
@@ -190,9 +188,7 @@ def _lower(
     with target.open(folder, plan) as lowering:
         for component in parts.components:
             progress(f"lower {component.name}")
-            lowered.append(
-                lowering.add(component, trace(component), parts.sources[component.name])
-            )
+            lowered.append(lowering.add(component, trace(component), parts.sources[component.name]))
     return lowered
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -141,13 +140,14 @@ def stream_module(module: nn.Module, source: WeightSource) -> None:
     """Makes every layer of a meta module read its weights when it runs and drop them after."""
 
     def attach(layer: nn.Module, prefix: str) -> None:
-        names = [*layer._parameters, *layer._buffers]
+        held = {**layer._parameters, **layer._buffers}
+        names = [name for name, value in held.items() if value is not None]
 
-        def load(target: nn.Module, _: Any) -> None:
+        def load(target: nn.Module, _: object) -> None:
             for name in names:
                 _set(target, name, source.tensor(prefix + name))
 
-        def drop(target: nn.Module, _: Any, __: Any) -> None:
+        def drop(target: nn.Module, _: object, __: object) -> None:
             for name in names:
                 _set(target, name, torch.empty(source.shapes[prefix + name], device="meta"))
 

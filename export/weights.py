@@ -27,14 +27,30 @@ class Flatten:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Rows of several published tensors, one below the other, as one matrix."""
+
+    parts: tuple[tuple[str, int], ...]
+    """Published name (or prefix) and rows of each."""
+
+
+@dataclass(frozen=True)
 class Computed:
     """A tensor that no checkpoint holds: a table or a constant."""
 
     make: Callable[[], torch.Tensor]
 
 
-Rule = str | Flatten | Computed
+Rule = str | Flatten | Stack | Computed
 """Where a parameter comes from; a str is the published name (or prefix) as it is."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One published tensor and the shape that it must have."""
+
+    name: str
+    shape: tuple[int, ...]
 
 
 class WeightSource:
@@ -59,83 +75,90 @@ class WeightSource:
         """Resolves and checks every parameter; reads nothing."""
         self.checkpoint = checkpoint
         self.shapes = dict(shapes)
-        self._rules = {name: resolve_rule(name, rules) for name in shapes}
-        for name, rule in self._rules.items():
-            if not isinstance(rule, Computed):
-                self._check(name, rule)
+        self._parts: dict[str, tuple[Part, ...]] = {}
+        self._computed: dict[str, Computed] = {}
+        for name, shape in shapes.items():
+            resolved = resolve_rule(name, shape, rules)
+            if isinstance(resolved, Computed):
+                self._computed[name] = resolved
+                continue
+            self._parts[name] = resolved
+            for part in resolved:
+                self._check(part)
 
     def used_tensors(self) -> set[str]:
         """Published names that this component reads."""
-        return {
-            rule.source if isinstance(rule, Flatten) else rule
-            for rule in self._rules.values()
-            if not isinstance(rule, Computed)
-        }
+        return {part.name for parts in self._parts.values() for part in parts}
 
     def origin(self, name: str) -> str | None:
-        """The published name behind a parameter, None for a computed one.
+        """The published names behind a parameter, None for a computed one.
 
         Two parameters of one origin hold the same numbers, so a target stores them once.
         """
-        rule = self._rules[name]
-        return None if isinstance(rule, Computed) else getattr(rule, "source", rule)
+        parts = self._parts.get(name)
+        return None if parts is None else "+".join(part.name for part in parts)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A parameter as float32, in the shape of the module."""
-        rule = self._rules[name]
-        if isinstance(rule, Computed):
-            value = rule.make().to(torch.float32)
-        else:
-            value = self.checkpoint.read(rule.source if isinstance(rule, Flatten) else rule)
-        value = value.reshape(self.shapes[name])
-        if not bool(torch.isfinite(value).all()):
-            raise CheckpointError(
-                f"tensor '{self.origin(name) or name}' holds values that are not finite",
-                where=self.checkpoint.path,
-            )
-        return value
+        if name in self._computed:
+            return self._computed[name].make().to(torch.float32).reshape(self.shapes[name])
+        values = [self._read(part) for part in self._parts[name]]
+        value = values[0] if len(values) == 1 else torch.cat(values)
+        return value.reshape(self.shapes[name])
 
     def array(self, name: str) -> Array:
         """`tensor` as numpy."""
         return self.tensor(name).numpy()
 
-    def _check(self, name: str, rule: str | Flatten) -> None:
-        source = rule.source if isinstance(rule, Flatten) else rule
-        wanted = rule.shape if isinstance(rule, Flatten) else self.shapes[name]
-        info = self.checkpoint.tensors.get(source)
+    def _read(self, part: Part) -> torch.Tensor:
+        value = self.checkpoint.read(part.name)
+        if not bool(torch.isfinite(value).all()):
+            raise CheckpointError(
+                f"tensor '{part.name}' holds values that are not finite",
+                where=self.checkpoint.path,
+            )
+        return value
+
+    def _check(self, part: Part) -> None:
+        info = self.checkpoint.tensors.get(part.name)
         if info is None:
             raise CheckpointError(
-                f"tensor '{source}' is missing",
+                f"tensor '{part.name}' is missing",
                 where=self.checkpoint.path,
                 hint="the config asks for it",
             )
-        if info.shape != tuple(wanted):
+        if info.shape != part.shape:
             raise CheckpointError(
-                f"tensor '{source}' has the wrong shape",
+                f"tensor '{part.name}' has the wrong shape",
                 where=self.checkpoint.path / info.shard,
                 got=list(info.shape),
-                wanted=list(wanted),
+                wanted=list(part.shape),
             )
 
 
-def resolve_rule(name: str, rules: Mapping[str, Rule]) -> Rule:
-    """The rule of one parameter, with layer numbers and suffix filled in.
+def resolve_rule(
+    name: str, shape: tuple[int, ...], rules: Mapping[str, Rule]
+) -> Computed | tuple[Part, ...]:
+    """What a parameter of a shape is made of, layer number and suffix filled in.
 
     Raises:
         KeyError: No rule fits; a mistake in the family, not in the checkpoint.
     """
-    numbers = re.findall(r"\.(\d+)\.", name)
-    pattern = re.sub(r"\.\d+\.", ".{i}.", name)
-    rule, suffix = rules.get(pattern), ""
-    if rule is None:
+    number = next(iter(re.findall(r"\.(\d+)\.", name)), "")
+    pattern, suffix = re.sub(r"\.\d+\.", ".{i}.", name), ""
+    if pattern not in rules:
         pattern, _, leaf = pattern.rpartition(".")
-        rule, suffix = rules[pattern], f".{leaf}"
-    number = numbers[0] if numbers else ""
-    if isinstance(rule, str):
-        return rule.replace("{i}", number) + suffix
+        suffix = f".{leaf}"
+    rule = rules[pattern]
+    if isinstance(rule, Computed):
+        return rule
     if isinstance(rule, Flatten):
-        return Flatten(rule.source.replace("{i}", number), rule.shape)
-    return rule
+        named: tuple[tuple[str, tuple[int, ...]], ...] = ((rule.source, rule.shape),)
+    elif isinstance(rule, Stack):
+        named = tuple((source, (rows, *shape[1:])) for source, rows in rule.parts)
+    else:
+        named = ((rule, shape),)
+    return tuple(Part(source.replace("{i}", number) + suffix, wanted) for source, wanted in named)
 
 
 def module_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -1,10 +1,6 @@
 """lorgnette: compiles small vision-language models for edge and mobile devices.
 
-    import lorgnette
-
-    model = lorgnette.open("smolvlm.lorg")
-    for piece in model.generate("photo.jpg", "What is in this picture?"):
-        print(piece, end="", flush=True)
+Opens bundles with `lorgnette.open(path)`, whose `generate(images, prompt)` streams an answer.
 """
 
 from __future__ import annotations
@@ -20,7 +16,7 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "open"]
 
 
-def open(path: str | Path, *, threads: int | None = None) -> Model:  # noqa: A001  (lorgnette.open)
+def open(path: str | Path, *, threads: int | None = None) -> Model:
     """Opens a bundle, ready to answer: see `lorgnette.runtime.model.open_model`."""
     # Here and not at the top: importing the package must stay cheap.
     from lorgnette.runtime.model import open_model

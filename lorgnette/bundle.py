@@ -75,7 +75,10 @@ def open_bundle(path: str | Path) -> Bundle:
     size = manifest_path.stat().st_size
     if size > MAX_MANIFEST_BYTES:
         raise BundleError(
-            "manifest is too large", where=manifest_path, got=size, wanted=f"<= {MAX_MANIFEST_BYTES}"
+            "manifest is too large",
+            where=manifest_path,
+            got=size,
+            wanted=f"<= {MAX_MANIFEST_BYTES}",
         )
     manifest = decode_manifest(manifest_path.read_bytes(), manifest_path)
     for entry in manifest.files:
@@ -167,7 +170,7 @@ def writing(target: str | Path, *, replace: bool = False) -> Iterator[Path]:
         )
     if os.path.lexists(final) and not replace:
         raise LorgnetteError("bundle exists already", where=final, hint="--force replaces it")
-    if os.path.lexists(final) and not (final / MANIFEST).is_file():
+    if os.path.lexists(final) and (final.is_symlink() or not (final / MANIFEST).is_file()):
         raise LorgnetteError("what stands there is not a bundle", where=final)
     partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
     try:
@@ -178,7 +181,11 @@ def writing(target: str | Path, *, replace: bool = False) -> Iterator[Path]:
         if final.exists():
             old = final.with_name(f".{final.name}.partial-old-{os.getpid()}")
             final.rename(old)
-            partial.rename(final)
+            try:
+                partial.rename(final)
+            except OSError:
+                old.rename(final)
+                raise
             shutil.rmtree(old)
         else:
             partial.rename(final)
@@ -200,10 +207,14 @@ def _remove_leftovers(final: Path) -> None:
 
 
 def _leftovers(final: Path) -> Iterable[Path]:
-    """Partial folders of this bundle whose process is gone."""
-    for path in final.parent.glob(f".{final.name}.partial-*"):
+    """Partial folders of this bundle whose process is gone.
+
+    Our own process id is no sign of life: in a container each run may get the same one.
+    """
+    for path in list(final.parent.iterdir()):
         pid = path.name.rpartition("-")[2]
-        if pid.isdigit() and not _alive(int(pid)):
+        ours = path.name.startswith(f".{final.name}.partial-") and pid.isdecimal()
+        if ours and (int(pid) == os.getpid() or not _alive(int(pid))):
             yield path
 
 

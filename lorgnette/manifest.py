@@ -21,6 +21,10 @@ KNOWN_REQUIREMENTS: frozenset[str] = frozenset({"tiles"})
 DTYPE_NAMES = Literal["float32", "float16", "uint8", "int32", "int64"]
 
 
+DAMAGE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding bytes that are no manifest may raise."""
+
+
 class Format(Frozen, frozen=True):
     """Version of the bundle format; a reader refuses another major."""
 
@@ -128,7 +132,7 @@ def decode_manifest(data: bytes, where: object) -> Manifest:
     """
     try:
         head = msgspec.json.decode(data, type=_Head)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except DAMAGE as error:
         raise BundleError("manifest is not valid", where=where, got=error) from error
     if head.format.major != FORMAT_MAJOR:
         raise BundleError(
@@ -141,9 +145,12 @@ def decode_manifest(data: bytes, where: object) -> Manifest:
     unknown = sorted(set(head.requires) - KNOWN_REQUIREMENTS)
     if unknown:
         raise BundleError(
-            "bundle needs a newer reader", where=where, got=", ".join(unknown), hint="update lorgnette"
+            "bundle needs a newer reader",
+            where=where,
+            got=", ".join(unknown),
+            hint="update lorgnette",
         )
     try:
         return msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except DAMAGE as error:
         raise BundleError("manifest is not valid", where=where, got=error) from error

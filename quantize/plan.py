@@ -37,9 +37,7 @@ PLANS: dict[str, QuantPlan] = {
     plan.name: plan
     for plan in (
         QuantPlan("fp32", "every weight float32", (("*", FLOAT32),)),
-        QuantPlan(
-            "fp16", "every weight float16 on disk, computed in float32", (("*", FLOAT16),)
-        ),
+        QuantPlan("fp16", "every weight float16 on disk, computed in float32", (("*", FLOAT16),)),
         QuantPlan(
             "int8",
             "matrices 8-bit in groups of 32, round to nearest",

@@ -28,7 +28,10 @@ class QuantScheme(Frozen, frozen=True):
         return self.bits < 16
 
     def stored_bytes(self, elements: int) -> int:
-        """Bytes that `elements` weights take, scales included."""
+        """Bytes that `elements` weights take, scales included.
+
+        Columns that do not fill a row's last group count as if they did: they are stored so.
+        """
         scales = 4 * (elements // self.group_size) if self.is_integer else 0
         return elements * self.bits // 8 + scales
 

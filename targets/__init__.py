@@ -18,7 +18,9 @@ def all_targets() -> dict[str, Target]:
     for module in pkgutil.iter_modules(__path__):
         if module.ispkg:
             lowering = importlib.import_module(f"{__name__}.{module.name}.lowering")
-            found |= {target.name: target for target in cast("tuple[Target, ...]", lowering.TARGETS)}
+            found |= {
+                target.name: target for target in cast("tuple[Target, ...]", lowering.TARGETS)
+            }
     return found
 
 

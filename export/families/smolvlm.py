@@ -20,7 +20,7 @@ from lorgnette.export.layers.decoder import LlamaDecoder
 from lorgnette.export.layers.projectors import PixelShuffleProjector
 from lorgnette.export.layers.rope import rope_tables
 from lorgnette.export.layers.vision import SiglipTower
-from lorgnette.export.weights import Computed, Flatten, Rule
+from lorgnette.export.weights import Computed, Flatten, Rule, Stack
 from lorgnette.spec import (
     ImageTemplate,
     ModelSpec,
@@ -33,20 +33,22 @@ from lorgnette.spec import (
 MODEL_TYPES = ("idefics3", "smolvlm")
 
 IGNORED_TENSORS: Mapping[str, str] = {
-    r"model\.text_model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "recomputed from the config",
+    r"model\.text_model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "computed anew",
     r"model\.vision_model\.embeddings\.position_ids": "always the identity here",
-    r"lm_head\.weight": "the embedding, where the config ties them; otherwise it is read",
+    r"lm_head\.weight": "the embedding again, where the config ties them; otherwise it is read",
 }
 
+VISION_TYPES = ("idefics3", "idefics3_vision", "smolvlm_vision", "siglip_vision_model")
 MAX_TILES = 64  # tiles of one vision call; a picture has 17 at most at the published sizes
 RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
+HEAD, EMBEDDING = "lm_head.weight", "model.text_model.embed_tokens.weight"
 FAKE, GLOBAL, IMAGE = "<fake_token_around_image>", "<global-img>", "<image>"
 
 
 def parse(checkpoint: Checkpoint) -> ModelSpec:
     """Reads config.json; a missing key means the default of the transformers class."""
     config = ConfigReader(checkpoint.config, str(checkpoint.path / "config.json"))
-    config.fixed("model_type", *MODEL_TYPES)
+    model_type = config.choice("model_type", *MODEL_TYPES)
     config.ignore(
         {
             "image_seq_len": "follows from the sizes",
@@ -58,10 +60,13 @@ def parse(checkpoint: Checkpoint) -> ModelSpec:
     config.fixed("qk_layer_norms", False)
     spec = ModelSpec(
         family="smolvlm",
-        model_type=checkpoint.config["model_type"],
+        model_type=model_type,
         vision=_parse_vision(config.section("vision_config")),
         text=_parse_text(
-            config.section("text_config"), tied=config.flag("tie_word_embeddings", False)
+            config.section("text_config"),
+            # The defaults of SmolVLMConfig as a whole differ from LlamaConfig's in this one.
+            norm_eps=1e-6 if config.has("text_config") else 1e-5,
+            tied=config.flag("tie_word_embeddings", False) and not _has_own_head(checkpoint),
         ),
         projector_scale=config.integer("scale_factor", 2, most=16),
         image_token_id=config.token_id("image_token_id", 128257),
@@ -71,8 +76,18 @@ def parse(checkpoint: Checkpoint) -> ModelSpec:
     return spec
 
 
+def _has_own_head(checkpoint: Checkpoint) -> bool:
+    """Whether a head is stored that is not the embedding: it counts, whatever the config says.
+
+    Source: transformers 5.23, `PreTrainedModel.tie_weights`.
+    """
+    if not {HEAD, EMBEDDING} <= checkpoint.tensors.keys():
+        return False
+    return not torch.equal(checkpoint.read(HEAD), checkpoint.read(EMBEDDING))
+
+
 def _parse_vision(vision: ConfigReader) -> VisionSpec:
-    vision.fixed("model_type", "idefics3", "idefics3_vision", "smolvlm_vision", "siglip_vision_model")
+    vision.fixed("model_type", *VISION_TYPES)
     vision.fixed("hidden_act", "gelu_pytorch_tanh")
     vision.fixed("num_channels", 3)
     vision.ignore(
@@ -96,7 +111,7 @@ def _parse_vision(vision: ConfigReader) -> VisionSpec:
     return spec
 
 
-def _parse_text(text: ConfigReader, *, tied: bool) -> TextSpec:
+def _parse_text(text: ConfigReader, *, norm_eps: float, tied: bool) -> TextSpec:
     text.fixed("model_type", "llama")
     text.fixed("hidden_act", "silu")
     text.fixed("attention_bias", False)
@@ -124,7 +139,7 @@ def _parse_text(text: ConfigReader, *, tied: bool) -> TextSpec:
         vocab_size=text.integer("vocab_size", 32000),
         max_positions=text.integer("max_position_embeddings", 2048),
         rope_theta=read_rope_theta(text),
-        norm_eps=text.number("rms_norm_eps", 1e-6),
+        norm_eps=text.number("rms_norm_eps", norm_eps),
         tied_embeddings=tied,
     )
     text.finish()
@@ -135,19 +150,30 @@ def _check_sizes(spec: ModelSpec, where: str) -> None:
     vision, text = spec.vision, spec.text
     for fits, what, got in (
         (vision.patch_size <= vision.image_size, "patch_size over image_size", vision.patch_size),
-        (vision.hidden_size % vision.heads == 0, "vision width not divisible by heads", vision.heads),
+        (
+            vision.hidden_size % vision.heads == 0,
+            "vision width not divisible by heads",
+            vision.heads,
+        ),
+        (text.hidden_size % text.heads == 0, "decoder width not divisible by heads", text.heads),
         (text.heads % text.kv_heads == 0, "heads not divisible by key/value heads", text.kv_heads),
         (text.head_size % 8 == 0, "head size not a multiple of 8", text.head_size),
-        (vision.grid % spec.projector_scale == 0, "patch grid not divisible by scale_factor", vision.grid),
-        (spec.image_token_id < text.vocab_size, "image_token_id outside the vocabulary", spec.image_token_id),
+        (
+            vision.grid % spec.projector_scale == 0,
+            "patch grid not divisible by scale_factor",
+            vision.grid,
+        ),
+        (
+            spec.image_token_id < text.vocab_size,
+            "image_token_id outside the vocabulary",
+            spec.image_token_id,
+        ),
     ):
         if not fits:
             raise ConfigError(f"sizes do not fit: {what}", where=where, got=got)
 
 
-def preprocess(
-    checkpoint: Checkpoint, spec: ModelSpec, longest_edge: int | None
-) -> TilePreprocess:
+def preprocess(checkpoint: Checkpoint, spec: ModelSpec, longest_edge: int | None) -> TilePreprocess:
     """Reads preprocessor_config.json, or the part of processor_config.json that replaced it."""
     name = "preprocessor_config.json"
     values = checkpoint.json(name)
@@ -155,9 +181,7 @@ def preprocess(
         name = "processor_config.json"
         values = (checkpoint.json(name) or {}).get("image_processor")
     if not isinstance(values, dict):
-        raise CheckpointError(
-            "file is missing", where=checkpoint.path / "preprocessor_config.json"
-        )
+        raise CheckpointError("file is missing", where=checkpoint.path / "preprocessor_config.json")
     config = ConfigReader(values, str(checkpoint.path / name))
     for key in ("do_convert_rgb", "do_normalize", "do_rescale", "do_resize"):
         config.fixed(key, True)
@@ -183,7 +207,10 @@ def preprocess(
     resample = config.integer("resample", 1, most=5)
     if resample not in RESAMPLE:
         raise ConfigError(
-            "resampling filter is not supported", where=config.where, got=resample, wanted="1, 2 or 3"
+            "resampling filter is not supported",
+            where=config.where,
+            got=resample,
+            wanted="1, 2 or 3",
         )
     result = TilePreprocess(
         tile_size=tile.integer("longest_edge", 364, most=8192),
@@ -225,9 +252,7 @@ def prompt(checkpoint: Checkpoint, spec: ModelSpec, tokens: Mapping[str, int]) -
             wanted=tokens.get(IMAGE, f"a tokenizer with '{IMAGE}'"),
         )
     if FAKE not in tokens:
-        raise ConfigError(
-            f"the tokenizer lacks '{FAKE}'", where=checkpoint.path / "tokenizer.json"
-        )
+        raise ConfigError(f"the tokenizer lacks '{FAKE}'", where=checkpoint.path / "tokenizer.json")
     template, where = read_chat_template(checkpoint)
     compiled = compile_chat_template(template, IMAGE, where=where)
     single = f"{FAKE}{GLOBAL}{{image}}{FAKE}"
@@ -370,13 +395,21 @@ def _decoder(spec: ModelSpec, context_length: int) -> Component:
         "cos": Computed(lambda: tables()[0]),
         "sin": Computed(lambda: tables()[1]),
         "layers.{i}.norm1": f"{layer}input_layernorm",
-        "layers.{i}.attention.q_proj": f"{layer}self_attn.q_proj",
-        "layers.{i}.attention.k_proj": f"{layer}self_attn.k_proj",
-        "layers.{i}.attention.v_proj": f"{layer}self_attn.v_proj",
+        "layers.{i}.attention.qkv_proj": Stack(
+            (
+                (f"{layer}self_attn.q_proj", text.heads * text.head_size),
+                (f"{layer}self_attn.k_proj", text.kv_heads * text.head_size),
+                (f"{layer}self_attn.v_proj", text.kv_heads * text.head_size),
+            )
+        ),
         "layers.{i}.attention.o_proj": f"{layer}self_attn.o_proj",
         "layers.{i}.norm2": f"{layer}post_attention_layernorm",
-        "layers.{i}.mlp.gate_proj": f"{layer}mlp.gate_proj",
-        "layers.{i}.mlp.up_proj": f"{layer}mlp.up_proj",
+        "layers.{i}.mlp.gate_up_proj": Stack(
+            (
+                (f"{layer}mlp.gate_proj", text.intermediate_size),
+                (f"{layer}mlp.up_proj", text.intermediate_size),
+            )
+        ),
         "layers.{i}.mlp.down_proj": f"{layer}mlp.down_proj",
         "norm": "model.text_model.norm",
         "head": "model.text_model.embed_tokens" if text.tied_embeddings else "lm_head",

@@ -50,9 +50,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def cached_math(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
     cos: Tensor,
@@ -68,7 +66,7 @@ def cached_math(
     `h // (heads / kv_heads)`.
 
     Shapes:
-        q `[B, T, H * Dh]`; k and v `[B, T, Hkv * Dh]`; caches `[B, Hkv, S, Dh]`;
+        qkv `[B, T, (H + 2 * Hkv) * Dh]`, queries first; caches `[B, Hkv, S, Dh]`;
         cos and sin `[positions, Dh / 2]`; past_length int32 `[1]`.
 
     Returns:
@@ -76,9 +74,10 @@ def cached_math(
 
     Source: Ainslie et al. 2023, arXiv:2305.13245 (grouped queries).
     """
-    length = q.shape[1]
-    capacity = key_cache.shape[2]
-    at = past_length.to(torch.int64) + torch.arange(length, device=q.device)
+    capacity, size = key_cache.shape[2:]
+    widths = [heads * size, kv_heads * size, kv_heads * size]
+    q, k, v = torch.split(qkv, widths, dim=-1)
+    at = past_length.to(torch.int64) + torch.arange(qkv.shape[1], device=q.device)
     new_cos, new_sin = cos[at], sin[at]
     query = apply_rope(split_heads(q, heads), new_cos, new_sin)
     keys = key_cache.index_copy(2, at, apply_rope(split_heads(k, kv_heads), new_cos, new_sin))
@@ -92,9 +91,7 @@ def cached_math(
 
 @torch.library.custom_op("lorgnette::cached_attention", mutates_args=())
 def cached_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
     cos: Tensor,
@@ -105,16 +102,14 @@ def cached_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`cached_math` as one operator."""
     out, keys, values = cached_math(
-        q, k, v, key_cache, value_cache, cos, sin, past_length, heads, kv_heads
+        qkv, key_cache, value_cache, cos, sin, past_length, heads, kv_heads
     )
     return out.contiguous(), keys.contiguous(), values.contiguous()
 
 
 @cached_attention.register_fake
 def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
     cos: Tensor,
@@ -123,7 +118,9 @@ def _(
     heads: int,
     kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(key_cache), torch.empty_like(value_cache)
+    width = heads * key_cache.shape[3]
+    out = qkv.new_empty(qkv.shape[0], qkv.shape[1], width)
+    return out, torch.empty_like(key_cache), torch.empty_like(value_cache)
 
 
 class BidirectionalAttention(nn.Module):
@@ -148,16 +145,17 @@ class BidirectionalAttention(nn.Module):
 
 
 class CachedAttention(nn.Module):
-    """Self-attention of a LLaMA decoder layer: grouped queries, rotary embedding, KV cache."""
+    """Self-attention of a LLaMA decoder layer: grouped queries, rotary embedding, KV cache.
+
+    Queries, keys and values are one matrix: a third of the multiplications to start.
+    """
 
     def __init__(self, width: int, heads: int, kv_heads: int, head_size: int) -> None:
         """Creates the projections, without biases."""
         super().__init__()
         self.heads = heads
         self.kv_heads = kv_heads
-        self.q_proj = nn.Linear(width, heads * head_size, bias=False)
-        self.k_proj = nn.Linear(width, kv_heads * head_size, bias=False)
-        self.v_proj = nn.Linear(width, kv_heads * head_size, bias=False)
+        self.qkv_proj = nn.Linear(width, (heads + 2 * kv_heads) * head_size, bias=False)
         self.o_proj = nn.Linear(heads * head_size, width, bias=False)
 
     def forward(
@@ -171,9 +169,7 @@ class CachedAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Attends `x` `[B, T, D]`; shapes of the rest and of the result as in `cached_math`."""
         mixed, keys, values = cached_attention(
-            self.q_proj(x),
-            self.k_proj(x),
-            self.v_proj(x),
+            self.qkv_proj(x),
             key_cache,
             value_cache,
             cos,

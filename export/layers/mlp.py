@@ -27,6 +27,9 @@ class GeluMLP(nn.Module):
 class GatedMLP(nn.Module):
     """SwiGLU: `down(silu(gate(x)) * up(x))`, without biases.
 
+    Gate and up are one matrix, gate first: half as many multiplications to start for the same
+    numbers.
+
     Shapes: `[..., D]` to `[..., D]`.
     Source: Shazeer 2020, arXiv:2002.05202.
     """
@@ -34,10 +37,10 @@ class GatedMLP(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         """Creates the block with `hidden` inner channels."""
         super().__init__()
-        self.gate_proj = nn.Linear(width, hidden, bias=False)
-        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.gate_up_proj = nn.Linear(width, 2 * hidden, bias=False)
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the block."""
-        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(functional.silu(gate) * up)  # type: ignore[no-any-return]

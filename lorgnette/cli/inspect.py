@@ -100,7 +100,8 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     from lorgnette.recipe import Recipe
 
     checkpoint = open_checkpoint(path)
-    parts, context = read_parts(checkpoint, Recipe())
+    parts = read_parts(checkpoint, Recipe())
+    context = parts.context_length
     spec = parts.spec
     kv = predict.kv_bytes_per_token(spec.text)
     sizes = predict.checkpoint_weight_bytes(parts)

@@ -89,7 +89,7 @@ def _fresh_goldens(
     progress("read checkpoint")
     recipe = bundle.manifest.recipe
     pictures = [load_image(image) for image in images]
-    parts, _ = read_parts(open_checkpoint(against), recipe)
+    parts = read_parts(open_checkpoint(against), recipe)
     if parts.spec != bundle.manifest.spec:
         raise ConfigError(
             "the checkpoint is another model than the bundle's",

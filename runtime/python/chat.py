@@ -14,6 +14,7 @@ from lorgnette.errors import RequestError
 from lorgnette.runtime.engines.engine import Float
 from lorgnette.runtime.generation import (
     Cancelled,
+    Control,
     FinishReason,
     Generation,
     Request,
@@ -89,33 +90,37 @@ class Chat:
             )
         asked = request or Request()
         return Generation(
-            lambda generation: self._answer(generation, prompt, images, asked),
+            lambda control: self._answer(control, prompt, images, asked),
             self._busy.release,
         )
 
     def _answer(
-        self, generation: Generation, prompt: str, images: Sequence[PictureSource], request: Request
+        self, control: Control, prompt: str, images: Sequence[PictureSource], request: Request
     ) -> Generator[str, None, None]:
         started = time.perf_counter()
         timings = Timings()
         before = self._context
         turn: _Turn | None = None
         try:
-            turn = self._read_turn(generation, prompt, images, request, timings)
-            logits = self._prefill(generation, timings)
+            turn = self._read_turn(control, prompt, images, request, timings)
+            logits = self._prefill(control, timings)
+            sampler = Sampler(request.sampling, self._model.manifest.spec.text.vocab_size)
+            token = sampler.next(logits, self._context.ids)
         except BaseException as error:
             self._context = before
-            self._filled = min(self._filled, len(before.ids))
+            if turn is not None:
+                # Behind what the turn had kept, the cache may hold the turn that failed.
+                self._filled = min(self._filled, turn.keep)
             if not isinstance(error, Cancelled):
                 raise
-            total = len(before.ids)
-            generation.finish(Result("", (), "cancelled", total, 0, 0, 0, timings))
+            control.result = Result("", (), "cancelled", len(before.ids), 0, 0, 0, timings)
             return
-        yield from self._decode(generation, request, turn, logits, timings, started)
+        timings.ttft = _since(started)
+        yield from self._decode(control, request, turn, sampler, token, timings)
 
     def _read_turn(
         self,
-        generation: Generation,
+        control: Control,
         prompt: str,
         images: Sequence[PictureSource],
         request: Request,
@@ -126,14 +131,12 @@ class Chat:
         pictures: list[EncodedPicture] = []
         tiles_run = 0
         for image in images:
-            generation.check()
+            control.check()
             started = time.perf_counter()
             tiles = prepare(load_image(image), manifest.preprocess)
             timings.preprocess += _since(started)
             started = time.perf_counter()
-            picture, fresh = encode_picture(
-                model.engine, tiles, model.pictures, generation.check
-            )
+            picture, fresh = encode_picture(model.engine, tiles, model.pictures, control.check)
             tiles_run += len(tiles.pixels) if fresh else 0
             pictures.append(picture)
             timings.vision += _since(started)
@@ -155,7 +158,7 @@ class Chat:
         slots = kept_slots + [i for i in range(keep, len(ids)) if ids[i] == image_id]
         self._context = _Context(ids, slots, [*old.pictures, *pictures])
         self._filled = min(self._filled, keep, len(ids) - 1)
-        return _Turn(len(ids), len(ids) - self._filled, len(slots), tiles_run)
+        return _Turn(keep, len(ids), len(ids) - self._filled, len(slots), tiles_run)
 
     def _encode(self, message: Message, request: Request) -> tuple[list[int], int]:
         """The ids of the whole conversation with a new turn, and how many stay as they were."""
@@ -175,12 +178,12 @@ class Chat:
         )
         return ids, 0
 
-    def _prefill(self, generation: Generation, timings: Timings) -> Float:
+    def _prefill(self, control: Control, timings: Timings) -> Float:
         """Runs what the cache lacks; returns the logits behind the last position."""
         started = time.perf_counter()
         context = self._context
         while True:
-            generation.check()
+            control.check()
             end = min(self._filled + PREFILL_CHUNK, len(context.ids))
             embeddings = context.embeddings(self._model, self._filled, end)
             logits = self._state.run(embeddings, self._filled)
@@ -191,62 +194,54 @@ class Chat:
 
     def _decode(
         self,
-        generation: Generation,
+        control: Control,
         request: Request,
         turn: _Turn,
-        logits: Float,
+        sampler: Sampler,
+        token: int,
         timings: Timings,
-        started: float,
     ) -> Generator[str, None, None]:
         """Generates tokens until a reason to finish, yielding text as it becomes certain."""
         model, context = self._model, self._context
-        sampler = Sampler(request.sampling, model.manifest.spec.text.vocab_size)
         stream, stops = model.tokenizer.stream(), StopStrings(request.stop)
         stop_ids = model.manifest.prompt.stop_token_ids
         text: list[str] = []
-        reason: FinishReason | None = None
-        decode_started = time.perf_counter()
-        while reason is None:
-            token = sampler.next(logits, context.ids)
+        while True:
             context.ids.append(token)
-            if len(context.ids) == turn.prompt_tokens + 1:
-                timings.ttft = _since(started)
-                decode_started = time.perf_counter()
-            if token in stop_ids:
-                reason = "stop"
-            else:
-                piece = stops.push(stream.push(token))
-                reason = self._finished(generation, request, turn, stops)
-                if piece:
-                    text.append(piece)
-                    yield piece
-                if reason is None:
-                    logits = self._step(token)
-                    timings.decode = _since(decode_started)
+            piece = "" if token in stop_ids else stops.push(stream.push(token))
+            reason = self._finished(control, request, turn, stops)
+            if piece:
+                text.append(piece)
+                yield piece
+            if reason is not None:
+                break
+            step_started = time.perf_counter()
+            token = sampler.next(self._step(token), context.ids)
+            timings.decode += _since(step_started)
         rest = "" if reason == "stop_string" else stops.push(stream.finish()) + stops.finish()
         if rest:
             text.append(rest)
             yield rest
-        generation.finish(
-            Result(
-                text="".join(text),
-                token_ids=tuple(context.ids[turn.prompt_tokens :]),
-                finish_reason=reason,
-                prompt_tokens=turn.prompt_tokens,
-                prefilled_tokens=turn.prefilled_tokens,
-                image_tokens=turn.image_tokens,
-                tiles=turn.tiles,
-                timings=timings,
-            )
+        control.result = Result(
+            text="".join(text),
+            token_ids=tuple(context.ids[turn.prompt_tokens :]),
+            finish_reason=reason,
+            prompt_tokens=turn.prompt_tokens,
+            prefilled_tokens=turn.prefilled_tokens,
+            image_tokens=turn.image_tokens,
+            tiles=turn.tiles,
+            timings=timings,
         )
 
     def _finished(
-        self, generation: Generation, request: Request, turn: _Turn, stops: StopStrings
+        self, control: Control, request: Request, turn: _Turn, stops: StopStrings
     ) -> FinishReason | None:
         """Why the answer ends behind the token just taken, None where it goes on."""
+        if self._context.ids[-1] in self._model.manifest.prompt.stop_token_ids:
+            return "stop"
         if stops.hit is not None:
             return "stop_string"
-        if generation.is_cancelled:
+        if control.cancelled.is_set():
             return "cancelled"
         if len(self._context.ids) - turn.prompt_tokens >= request.max_new_tokens:
             return "length"
@@ -264,8 +259,14 @@ class Chat:
 
 @dataclass(frozen=True)
 class _Turn:
-    """Counts of a turn, known before the first token."""
+    """Counts of a turn, known before the first token.
 
+    Attributes:
+        keep: Positions at the front that are as they were before the turn.
+        prompt_tokens: As in `Result`, like the others.
+    """
+
+    keep: int
     prompt_tokens: int
     prefilled_tokens: int
     image_tokens: int

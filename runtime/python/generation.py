@@ -11,6 +11,9 @@ from typing import Literal
 
 from lorgnette.errors import RequestError
 from lorgnette.runtime.sampler import SamplingParams
+from lorgnette.runtime.tokenizer import StopStrings
+
+GREEDY = SamplingParams()
 
 FinishReason = Literal["stop", "stop_string", "length", "context_full", "cancelled"]
 
@@ -24,19 +27,26 @@ class Request:
         sampling: How each token is chosen.
         stop: Strings that end the answer and are not part of it.
         allow_special_text: Lets the prompt hold the text of special tokens.
+
+    Raises:
+        RequestError: The length is not a positive whole number, or a stop string is empty.
     """
 
     max_new_tokens: int = 256
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = GREEDY
     stop: tuple[str, ...] = ()
     allow_special_text: bool = False
 
     def __post_init__(self) -> None:
-        """Checks the length."""
-        if isinstance(self.max_new_tokens, bool) or self.max_new_tokens < 1:
+        """Checks the length and the stop strings."""
+        length = self.max_new_tokens
+        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
             raise RequestError(
-                "max_new_tokens is out of range", got=self.max_new_tokens, wanted="1 or more"
+                "max_new_tokens is out of range",
+                got=repr(length),
+                wanted="a whole number, 1 or more",
             )
+        StopStrings(self.stop)
 
 
 @dataclass
@@ -47,6 +57,7 @@ class Timings:
     vision: float = 0.0
     prefill: float = 0.0
     decode: float = 0.0
+    """Of the tokens behind the first, without what the reader of the pieces took."""
     ttft: float = 0.0
     """From the call to the first token: preprocess, vision, prefill and what lies between."""
 
@@ -83,8 +94,26 @@ class Result:
         return steps / self.timings.decode * 1e3 if steps > 0 and self.timings.decode else 0.0
 
 
-class Cancelled(Exception):  # noqa: N818  (a signal, not an error)
+class Cancelled(Exception):  # a signal, not an error
     """Raised inside a generation to leave it."""
+
+
+class Control:
+    """What an answer and the one who reads it tell each other.
+
+    Apart from `Generation`, because the producer holds it: an object that is part of no reference
+    cycle is freed the moment it is dropped.
+    """
+
+    def __init__(self) -> None:
+        """Starts uncancelled and without a result."""
+        self.cancelled = threading.Event()
+        self.result: Result | None = None
+
+    def check(self) -> None:
+        """Raises `Cancelled` if the answer was cancelled."""
+        if self.cancelled.is_set():
+            raise Cancelled
 
 
 class Generation(Iterator[str]):
@@ -94,13 +123,14 @@ class Generation(Iterator[str]):
     """
 
     def __init__(
-        self, produce: Callable[[Generation], GeneratorType[str, None, None]], release: Callable[[], None]
+        self,
+        produce: Callable[[Control], GeneratorType[str, None, None]],
+        release: Callable[[], None],
     ) -> None:
         """Takes the producer; nothing runs until the first piece is asked for."""
-        self._cancelled = threading.Event()
-        self._pieces = produce(self)
+        self._control = Control()
+        self._pieces = produce(self._control)
         self._release = release
-        self._result: Result | None = None
 
     def __iter__(self) -> Generation:
         """Returns itself."""
@@ -130,33 +160,26 @@ class Generation(Iterator[str]):
 
     def cancel(self) -> None:
         """Ends the answer at the next token; may be called from any thread, and again."""
-        self._cancelled.set()
+        self._control.cancelled.set()
 
     @property
     def is_cancelled(self) -> bool:
         """Whether `cancel` was called."""
-        return self._cancelled.is_set()
-
-    def check(self) -> None:
-        """Raises `Cancelled` if `cancel` was called."""
-        if self.is_cancelled:
-            raise Cancelled
-
-    def finish(self, result: Result) -> None:
-        """Sets the result; called once by the producer."""
-        self._result = result
+        return self._control.cancelled.is_set()
 
     def result(self) -> Result:
         """The finished answer; generates what has not been asked for yet.
 
         Raises:
-            RequestError: The generation ended with an error before.
+            RequestError: The generation was closed or ended with an error before.
         """
         for _ in self:
             pass
-        if self._result is None:
-            raise RequestError("the answer was not finished", hint="it ended with an error")
-        return self._result
+        if self._control.result is None:
+            raise RequestError(
+                "the answer was not finished", hint="it was closed or ended with an error"
+            )
+        return self._control.result
 
 
 def _nothing() -> None:

@@ -56,7 +56,7 @@ class Golden:
 
 def tiles_digest(tiles: Tiles) -> str:
     """Hex digest of the tiles' bytes."""
-    return hashlib.sha256(memoryview(tiles.pixels).cast("B")).hexdigest()
+    return hashlib.sha256(tiles.pixels.data).hexdigest()
 
 
 def write_golden(golden: Golden, folder: Path) -> None:
@@ -64,7 +64,7 @@ def write_golden(golden: Golden, folder: Path) -> None:
     folder.mkdir()
     text = msgspec.json.format(msgspec.json.encode(golden.text), indent=1)
     (folder / TEXT_FILE).write_bytes(text + b"\n")
-    tensors = {
+    tensors: dict[str, NDArray[np.generic]] = {
         "picture": golden.picture,
         "image_tokens": golden.image_tokens,
         "logits": golden.logits,
@@ -87,17 +87,31 @@ def read_golden(bundle: Bundle) -> Golden:
         golden = Golden(text, tensors["picture"], tensors["image_tokens"], tensors["logits"])
     except (msgspec.DecodeError, safetensors.SafetensorError, KeyError) as error:
         raise BundleError("golden data is damaged", where=bundle.path, got=error) from error
-    spec = bundle.manifest.spec
-    width = (spec.image_tokens_per_tile, spec.text.hidden_size)
-    for name, array, dtype, tail in (
-        ("picture", golden.picture, np.uint8, (3,)),
-        ("image_tokens", golden.image_tokens, np.float32, width),
+    _check_shapes(bundle, golden)
+    return golden
+
+
+def _check_shapes(bundle: Bundle, golden: Golden) -> None:
+    """Refuses tensors that `verify` could not compare."""
+    spec, text = bundle.manifest.spec, golden.text
+    tiles = text.rows * text.cols + 1 if text.rows else 1
+    tokens = (tiles, spec.image_tokens_per_tile, spec.text.hidden_size)
+    for name, array, dtype, shape in (
+        ("picture", golden.picture, np.uint8, (*golden.picture.shape[:2], 3)),
+        ("image_tokens", golden.image_tokens, np.float32, tokens),
         ("logits", golden.logits, np.float32, (spec.text.vocab_size,)),
     ):
-        if array.dtype != dtype or array.shape[-len(tail) :] != tail:
+        if array.dtype != dtype or array.shape != shape:
             raise BundleError(
                 f"golden tensor '{name}' does not fit the manifest",
                 where=bundle.path,
                 got=f"{array.dtype}{list(array.shape)}",
             )
-    return golden
+    positions = len(text.prompt_ids) + len(text.original_greedy_ids)
+    if positions > bundle.manifest.context_length:
+        raise BundleError(
+            "golden data does not fit the context",
+            where=bundle.path,
+            got=f"{positions} tokens",
+            wanted=f"<= {bundle.manifest.context_length}",
+        )

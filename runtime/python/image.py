@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lorgnette.errors import ImageError
 from lorgnette.runtime.preprocess import check_pixels, check_size
@@ -67,12 +67,13 @@ def _read_file(path: Path) -> Pixels:
     try:
         if not path.is_file():
             got = "a directory" if path.is_dir() else "no such file"
-            raise ImageError("cannot read the picture", where=path, got=got, wanted="a file")
+            wanted = "the path of a picture's file"
+            raise ImageError("cannot read the picture", where=path, got=got, wanted=wanted)
         with path.open("rb") as file:
             return _read(file, path.stat().st_size, str(path))
-    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte in it
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise ImageError("cannot read the picture", where=repr(str(path)), got=reason) from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise ImageError("cannot read the picture", where=path, got=reason) from error
 
 
 def _read(file: BinaryIO, size: int, where: str) -> Pixels:
@@ -92,7 +93,7 @@ def _read(file: BinaryIO, size: int, where: str) -> Pixels:
             image = Image.open(file, formats=FORMATS)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise ImageError("picture too large", where=where, got=error) from error
-        except Image.UnidentifiedImageError as error:
+        except UnidentifiedImageError as error:
             raise ImageError("not a picture", where=where, wanted=_formats()) from error
         except Exception as error:
             raise _damaged(where, error) from error
@@ -121,7 +122,7 @@ def _decode(image: Image.Image, where: str | None, *, upright: bool) -> Pixels:
 
 def _damaged(where: str | None, error: Exception) -> ImageError:
     reason = str(error) or type(error).__name__
-    return ImageError("cannot decode the picture", where=where, got=reason, wanted="a whole file")
+    return ImageError("cannot decode the picture", where=where, got=reason)
 
 
 def _formats() -> str:

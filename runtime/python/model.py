@@ -14,6 +14,7 @@ from lorgnette.manifest import Manifest
 from lorgnette.runtime.chat import Chat
 from lorgnette.runtime.engines import open_engine
 from lorgnette.runtime.generation import Generation, Request, as_tuple
+from lorgnette.runtime.interface import check_interface
 from lorgnette.runtime.pictures import PictureCache, PictureSource
 from lorgnette.runtime.sampler import SamplingParams
 from lorgnette.runtime.tokenizer import Tokenizer
@@ -48,6 +49,7 @@ class Model:
         if threads is not None and threads < 1:
             raise RequestError("threads is out of range", got=threads, wanted="1 or more")
         self.bundle = bundle
+        check_interface(bundle)
         with ThreadPoolExecutor(max_workers=1) as pool:
             # Reading the files for their digests also brings them into memory for the engine.
             digests = pool.submit(bundle.check_digests)

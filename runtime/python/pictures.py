@@ -19,8 +19,8 @@ from lorgnette.runtime.preprocess import Tiles
 PictureSource = str | Path | bytes | Image.Image | NDArray[np.generic]
 """A picture: a file, the bytes of one, a Pillow picture, or uint8 RGB `[H, W, 3]`."""
 
-TILES_PER_CALL = 4
-"""Tiles encoded at once: enough to fill the cores, few enough to keep activations small."""
+TILES_PER_CALL = 1
+"""Tiles encoded at once. A tile's thousand patches fill the cores; more only cost memory."""
 CACHE_BYTES = 64 * 2**20
 """Image tokens kept for pictures that come again; the oldest go first."""
 
@@ -69,7 +69,7 @@ class PictureCache:
 def content_key(tiles: Tiles) -> bytes:
     """A digest of what the vision encoder would see."""
     digest = hashlib.sha256(f"{tiles.rows}x{tiles.cols}".encode())
-    digest.update(memoryview(tiles.pixels).cast("B"))
+    digest.update(tiles.pixels.data)
     return digest.digest()
 
 
@@ -96,8 +96,6 @@ def encode_picture(
         check()
         parts.append(engine.encode(tiles.pixels[start : start + TILES_PER_CALL]))
     tokens = np.concatenate(parts)
-    picture = EncodedPicture(
-        tokens.reshape(-1, tokens.shape[-1]), tiles.rows, tiles.cols
-    )
+    picture = EncodedPicture(tokens.reshape(-1, tokens.shape[-1]), tiles.rows, tiles.cols)
     cache.put(key, picture)
     return picture, True

@@ -95,13 +95,9 @@ def prepare(image: Pixels, spec: TilePreprocess) -> Tiles:
         ConfigError: If `spec` holds impossible sizes.
     """
     check_pixels(image)
-    _check_spec(spec)
     tile = spec.tile_size
-    height, width = image.shape[:2]
-    sizes = [_longest_edge_size(height, width, spec.longest_edge)]
-    sizes.append(_whole_tiles(*sizes[0], tile) if spec.split else (tile, tile))
     planes = image.transpose(0, 2, 1)
-    for size in sizes:
+    for size in resize_steps(image.shape[0], image.shape[1], spec):
         if size != (len(planes), planes.shape[2]):
             planes = resize_planes(planes, *size, spec.resample)
     rows, cols = len(planes) // tile, planes.shape[2] // tile
@@ -129,14 +125,34 @@ def grid_for(height: int, width: int, spec: TilePreprocess) -> tuple[int, int]:
         ImageError: If the picture is empty or too large.
         ConfigError: If `spec` holds impossible sizes.
     """
-    check_size(height, width)
-    _check_spec(spec)
-    if not spec.split:
-        return 0, 0
-    resized = _longest_edge_size(height, width, spec.longest_edge)
-    height, width = _whole_tiles(*resized, spec.tile_size)
+    height, width = resize_steps(height, width, spec)[-1]
     rows, cols = height // spec.tile_size, width // spec.tile_size
     return (0, 0) if rows * cols == 1 else (rows, cols)
+
+
+def resize_steps(height: int, width: int, spec: TilePreprocess) -> list[tuple[int, int]]:
+    """The heights and widths a picture is resized to, one after the other, before it is split.
+
+    Args:
+        height: Height of the picture, in pixels.
+        width: Width of the picture, in pixels.
+        spec: The model's way of preprocessing.
+
+    Raises:
+        ImageError: If the picture is empty or too large.
+        ConfigError: If `spec` holds impossible sizes.
+    """
+    check_size(height, width)
+    tile = spec.tile_size
+    # A bundle comes from anywhere: sizes that would fill the memory are refused.
+    if not 1 <= tile <= _MAX_RESIZED or spec.longest_edge < 1:
+        raise ConfigError(
+            "impossible preprocessing",
+            got=f"tile size {tile}, longest edge {spec.longest_edge}",
+            wanted=f"a tile size of 1 to {_MAX_RESIZED} and a longest edge of at least 1",
+        )
+    resized = _longest_edge_size(height, width, spec.longest_edge)
+    return [resized, _whole_tiles(*resized, tile) if spec.split else (tile, tile)]
 
 
 def longest_edge_for_max_tiles(max_tiles: int, tile_size: int, published_longest_edge: int) -> int:
@@ -195,16 +211,6 @@ def pixel_values(pixels: Pixels, spec: TilePreprocess) -> npt.NDArray[np.float32
         mean, std = np.float32(spec.mean[channel]), np.float32(spec.std[channel])
         out[..., channel, :, :] = ((scaled - mean) / std)[pixels[..., channel, :, :]]
     return out
-
-
-def _check_spec(spec: TilePreprocess) -> None:
-    """A bundle comes from anywhere: sizes that would fill the memory are refused."""
-    if not 1 <= spec.tile_size <= _MAX_RESIZED or spec.longest_edge < 1:
-        raise ConfigError(
-            "impossible preprocessing",
-            got=f"tile size {spec.tile_size}, longest edge {spec.longest_edge}",
-            wanted=f"a tile size of 1 to {_MAX_RESIZED} and a longest edge of at least 1",
-        )
 
 
 def _longest_edge_size(height: int, width: int, longest_edge: int) -> tuple[int, int]:

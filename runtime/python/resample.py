@@ -1,15 +1,17 @@
 """Picture resampling in fixed point, bit for bit as Pillow 12.2 and 12.3 do it.
 
-Older Pillow differs only for pictures over a hundred times taller than wide (it knows no
-`TALL`); Pillow 13 orders the passes in another way again.
+Older Pillow differs only for pictures over a hundred times taller than wide (see `TALL`); Pillow
+13 orders the passes in another way again.
 
 Why it is exact here: a weight is an integer of at most 23 bits over 2**22 and a pixel has 8 bits,
 so every product and every sum of them is a whole multiple of 2**-22 far below 2**31. float64
 holds such numbers without rounding, whatever the order of the additions; a matrix product from
 any BLAS therefore gives the same sums as Pillow's integer loop.
 
-Why it is fast: 16 or 32 neighbouring outputs read almost the same inputs. Each such block is one
-small dense matrix product; the half that rounding needs is one more column of it.
+Why it is fast: 16 or 32 neighbouring outputs read almost the same inputs. Each such block is a
+small dense matrix product; the half that rounding needs is one more column of it. The products
+go to the BLAS in parts too small for it to start threads: those wait for each other after every
+product, which takes ages where other programs hold the cores.
 
 Source: Pillow, src/libImaging/Resample.c.
 """
@@ -42,6 +44,8 @@ _BLOCK_ENLARGING_ROWS = 32
 _COLUMNS = 6144
 _ROWS = 2048
 _SCRATCH_ELEMENTS = 1 << 19
+# OpenBLAS stays on one thread up to this many multiplications (interface/gemm.c).
+_ONE_THREAD = 1 << 18
 
 _ZERO = np.int16(0)
 _WHITE = np.int16(255)
@@ -77,13 +81,8 @@ def resize_planes(planes: Pixels, height: int, width: int, filter: Filter) -> Pi
     """Resizes a picture whose rows hold one channel after the other.
 
     Both passes then run over contiguous rows: `[H * 3, W]` for the horizontal one and
-    `[H, 3 * W]` for the vertical one. Always returns memory of its own.
-
-    Args:
-        planes: The picture; any strides.
-        height: Height wanted, in pixels.
-        width: Width wanted, in pixels.
-        filter: Name of the resampling filter.
+    `[H, 3 * W]` for the vertical one. `planes` may have any strides; the result is a new array.
+    The other arguments are those of `resize`.
 
     Shapes:
         planes uint8[H, 3, W] -> uint8[height, 3, width]
@@ -121,7 +120,7 @@ def resize_planes(planes: Pixels, height: int, width: int, filter: Filter) -> Pi
 
 
 class _Block(NamedTuple):
-    """Some neighbouring outputs and the range of inputs that they read.
+    """Some neighbouring outputs and the range of inputs that they read, equally long for all.
 
     `weights` is float64[outputs, inputs + 1]; the last column is 1 and meets an input of 0.5.
     """
@@ -138,28 +137,27 @@ def _horizontal(planes: Pixels, width: int, filter: Filter) -> Pixels:
     height, channels, source_width = planes.shape
     outputs = _BLOCK_ENLARGING_ROWS if width > source_width else _BLOCK
     blocks = _blocks(source_width, width, filter, outputs)
-    support = max(block.weights.shape[1] for block in blocks)
-    step = max(1, min(_ROWS, _SCRATCH_ELEMENTS // (support + outputs)) // channels)
+    support = blocks[0].weights.shape[1]
+    most = max(1, min(_ROWS, _SCRATCH_ELEMENTS // (support + outputs)) // channels)
+    step = _even(height, most)
+    size = _even(step * channels, _ONE_THREAD // (outputs * support))
+    parts = math.ceil(step * channels / size)
+    values = np.zeros((parts, size, support))
+    values[:, :, -1] = 0.5
+    sums = np.empty((parts, size, outputs))
+    whole = np.empty((step * channels, outputs), np.int16)
     out = np.empty((height, channels, width), np.uint8)
-    scratch = np.empty(step * channels * support)
-    sums = np.empty(step * channels * outputs)
-    whole = np.empty(step * channels * outputs, np.int16)
     for top in range(0, height, step):
         # Costs nothing where the rows are contiguous already.
         rows = np.ascontiguousarray(planes[top : top + step]).reshape(-1, source_width)
         target = out[top : top + step].reshape(-1, width)
-        for block in blocks:
-            count, inputs = block.weights.shape
-            values = scratch[: len(rows) * inputs].reshape(-1, inputs)
-            values[:, :-1] = rows[:, block.first_in : block.end_in]
-            values[:, -1] = 0.5
-            result = sums[: len(rows) * count].reshape(-1, count)
-            np.matmul(values, block.weights.T, out=result)
-            _store(
-                result,
-                whole[: result.size].reshape(result.shape),
-                target[:, block.first_out : block.end_out],
-            )
+        count = len(rows)
+        for first_out, end_out, first_in, end_in, weights in blocks:
+            used = end_out - first_out
+            values.reshape(-1, support)[:count, :-1] = rows[:, first_in:end_in]
+            np.matmul(values, weights.T, out=sums[:, :, :used])
+            result = sums.reshape(-1, outputs)[:count, :used]
+            _store(result, whole[:count, :used], target[:, first_out:end_out])
     return out
 
 
@@ -170,29 +168,34 @@ def _vertical(planes: Pixels, out: Pixels, blocks: tuple[_Block, ...]) -> None:
     """
     matrix = np.ascontiguousarray(planes).reshape(len(planes), -1)
     target = out.reshape(len(out), -1)
-    first_in, first_out = blocks[0].first_in, blocks[0].first_out
-    total = matrix.shape[1]
-    support = max(block.weights.shape[1] for block in blocks)
-    parts = math.ceil(total / max(64, min(_COLUMNS, _SCRATCH_ELEMENTS // (support + _BLOCK))))
-    step = math.ceil(total / parts)
-    scratch = np.empty(support * step)
-    sums = np.empty(_BLOCK * step)
-    whole = np.empty(_BLOCK * step, np.int16)
-    for left in range(0, total, step):
-        columns = slice(left, min(left + step, total))
-        width = columns.stop - left
-        for block in blocks:
-            count, inputs = block.weights.shape
-            values = scratch[: inputs * width].reshape(inputs, width)
-            values[:-1] = matrix[block.first_in - first_in : block.end_in - first_in, columns]
-            values[-1] = 0.5
-            result = sums[: count * width].reshape(count, width)
-            np.matmul(block.weights, values, out=result)
-            _store(
-                result,
-                whole[: result.size].reshape(result.shape),
-                target[block.first_out - first_out : block.end_out - first_out, columns],
+    top_in, top_out = blocks[0].first_in, blocks[0].first_out
+    columns = matrix.shape[1]
+    support = blocks[0].weights.shape[1]
+    step = _even(columns, min(_COLUMNS, _SCRATCH_ELEMENTS // (support + _BLOCK)))
+    size = _even(step, _ONE_THREAD // (_BLOCK * support))
+    parts = math.ceil(step / size)
+    values = np.zeros((support, parts * size))
+    values[-1] = 0.5
+    sums = np.empty((_BLOCK, parts * size))
+    whole = np.empty((_BLOCK, step), np.int16)
+    for left in range(0, columns, step):
+        width = min(step, columns - left)
+        inside = slice(left, left + width)
+        for first_out, end_out, first_in, end_in, weights in blocks:
+            used = end_out - first_out
+            values[:-1, :width] = matrix[first_in - top_in : end_in - top_in, inside]
+            np.matmul(
+                weights,
+                values.reshape(support, parts, size).transpose(1, 0, 2),
+                out=sums[:used].reshape(used, parts, size).transpose(1, 0, 2),
             )
+            lines = target[first_out - top_out : end_out - top_out, inside]
+            _store(sums[:used, :width], whole[:used, :width], lines)
+
+
+def _even(length: int, most: int) -> int:
+    """Size of the fewest parts of equal size, at most `most` (but 16 at least), of a length."""
+    return math.ceil(length / math.ceil(length / max(16, most)))
 
 
 def _store(sums: Floats, whole: npt.NDArray[np.int16], out: Pixels) -> None:
@@ -208,25 +211,27 @@ def _store(sums: Floats, whole: npt.NDArray[np.int16], out: Pixels) -> None:
     np.copyto(out, whole, casting="unsafe")
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)
 def _blocks(source: int, target: int, filter: Filter, outputs: int) -> tuple[_Block, ...]:
     """The resampling of `source` pixels to `target` as blocks of `outputs` outputs each."""
     first, weights = coefficients(source, target, filter)
-    taps = weights.shape[1]
-    end = np.minimum(first + taps, source)
-    blocks = []
-    for start in range(0, target, outputs):
-        stop = min(start + outputs, target)
-        low, high = int(first[start]), int(end[start:stop].max())
-        dense = np.zeros((stop - start, high - low + 1))
-        for row in range(start, stop):
-            offset, count = first[row] - low, end[row] - first[row]
-            dense[row - start, offset : offset + count] = weights[row, :count]
-        dense /= 1 << PRECISION_BITS
-        dense[:, -1] = 1.0
-        dense.setflags(write=False)
-        blocks.append(_Block(start, stop, low, high, dense))
-    return tuple(blocks)
+    inputs = first[:, None] + np.arange(weights.shape[1])
+    starts = np.arange(0, target, outputs)
+    stops = np.minimum(starts + outputs, target)
+    low = first[starts]
+    width = int((np.minimum(inputs[stops - 1, -1] + 1, source) - low).max())
+    # Blocks at the end read further back than they need to, so that all are of one width.
+    low = np.minimum(low, source - width)
+    places = inputs - np.repeat(low, outputs)[:target, None]
+    dense = np.zeros((target, width + 1))
+    # Inputs past the end weigh nothing; they fall on the last column, which is set after.
+    dense[np.arange(target)[:, None], np.minimum(places, width)] = weights / (1 << PRECISION_BITS)
+    dense[:, -1] = 1.0
+    dense.setflags(write=False)
+    return tuple(
+        _Block(start, stop, first_in, first_in + width, dense[start:stop])
+        for start, stop, first_in in zip(starts.tolist(), stops.tolist(), low.tolist(), strict=True)
+    )
 
 
 def coefficients(

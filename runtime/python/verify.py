@@ -1,4 +1,4 @@
-"""The parity ladder: pixels, prompt, image tokens, logits, greedy ids; the first bad rung counts."""
+"""The parity ladder: pixels, prompt, image tokens, logits, greedy ids."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorgnette.manifest import Bounds
 from lorgnette.runtime.engines.engine import DecoderState
 from lorgnette.runtime.golden import Golden, read_golden, tiles_digest
 from lorgnette.runtime.model import Model
-from lorgnette.runtime.preprocess import prepare
+from lorgnette.runtime.preprocess import Tiles, prepare
 from lorgnette.runtime.prompt import ImagePart, Message, encode_prompt, image_slots
 
 
@@ -56,7 +56,9 @@ class Ladder:
         for rung in self.rungs:
             if not rung.passed:
                 raise VerifyError(
-                    f"rung '{rung.name}' failed", where=where, got=rung.detail,
+                    f"rung '{rung.name}' failed",
+                    where=where,
+                    got=rung.detail,
                     hint="the bundle does not give the original's answer",
                 )
 
@@ -70,11 +72,15 @@ def verify(model: Model, golden: Golden | None = None) -> Ladder:
     """
     golden = golden or read_golden(model.bundle)
     bounds = model.manifest.golden.bounds
-    rungs: list[Rung] = []
-    for climb in (_pixels, _prompt_ids, _image_tokens, _logits_and_ids):
-        rungs += climb(model, golden, bounds)
-        if not rungs[-1].passed:
-            break
+    tiles = prepare(golden.picture, model.manifest.preprocess)
+    rungs = [_pixels(tiles, golden)]
+    if rungs[-1].passed:
+        rungs.append(_prompt_ids(model, golden))
+    if rungs[-1].passed:
+        image_tokens = model.engine.encode(tiles.pixels)
+        rungs.append(_image_tokens(image_tokens, golden, bounds))
+    if rungs[-1].passed:
+        rungs += _logits_and_ids(model, golden, bounds, image_tokens)
     return Ladder(tuple(rungs))
 
 
@@ -86,43 +92,38 @@ def relative_error(got: NDArray[np.float32], wanted: NDArray[np.float32]) -> flo
     return float(np.linalg.norm(got.astype(np.float64) - wanted)) / max(norm, 1e-30)
 
 
-def _pixels(model: Model, golden: Golden, _: Bounds) -> list[Rung]:
-    tiles = prepare(golden.picture, model.manifest.preprocess)
+def _pixels(tiles: Tiles, golden: Golden) -> Rung:
     text = golden.text
     if (tiles.rows, tiles.cols) != (text.rows, text.cols):
         detail = f"grid {tiles.rows}x{tiles.cols}, wanted {text.rows}x{text.cols}"
-        return [Rung("pixels", False, detail)]
+        return Rung("pixels", False, detail)
     same = tiles_digest(tiles) == text.tiles_sha256
     detail = f"{len(tiles.pixels)} tiles " + ("bit-equal" if same else "differ")
-    return [Rung("pixels", same, detail)]
+    return Rung("pixels", same, detail)
 
 
-def _prompt_ids(model: Model, golden: Golden, _: Bounds) -> list[Rung]:
+def _prompt_ids(model: Model, golden: Golden) -> Rung:
     text = golden.text
     message = Message("user", (ImagePart(text.rows, text.cols), text.question))
     ids = tuple(encode_prompt(model.manifest.prompt, model.tokenizer, [message]))
     at = _first_difference(ids, text.prompt_ids)
     detail = f"{len(ids)} ids equal" if at is None else f"differ from position {at}"
-    return [Rung("prompt_ids", at is None, detail)]
+    return Rung("prompt_ids", at is None, detail)
 
 
-def _image_tokens(model: Model, golden: Golden, bounds: Bounds) -> list[Rung]:
-    tiles = prepare(golden.picture, model.manifest.preprocess)
-    got = model.engine.encode(tiles.pixels)
+def _image_tokens(got: NDArray[np.float32], golden: Golden, bounds: Bounds) -> Rung:
     errors = [relative_error(*pair) for pair in zip(got, golden.image_tokens, strict=True)]
     worst = int(np.argmax(errors))
     passed = errors[worst] <= bounds.image_tokens
     detail = f"relative error {errors[worst]:.2e} at tile {worst} of {len(errors)}"
-    return [
-        Rung("image_tokens", passed, detail, error=errors[worst], bound=bounds.image_tokens)
-    ]
+    return Rung("image_tokens", passed, detail, error=errors[worst], bound=bounds.image_tokens)
 
 
-def _logits_and_ids(model: Model, golden: Golden, bounds: Bounds) -> list[Rung]:
-    tiles = prepare(golden.picture, model.manifest.preprocess)
+def _logits_and_ids(
+    model: Model, golden: Golden, bounds: Bounds, image_tokens: NDArray[np.float32]
+) -> list[Rung]:
     ids = golden.text.prompt_ids
     embeddings = model.engine.embed(np.array(ids, np.int64))
-    image_tokens = model.engine.encode(tiles.pixels)
     slots = image_slots(ids, model.manifest.spec.image_token_id)
     embeddings[slots] = image_tokens.reshape(len(slots), -1)
     state = model.engine.new_state()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lorgnette.targets.onnx.graph import CONTRIB
+from lorgnette.targets.onnx.graph import BROADCASTS, CONTRIB
 
 SKIP_FORMS = {
     "SimplifiedLayerNormalization": "SkipSimplifiedLayerNormalization",
@@ -18,8 +18,8 @@ def fuse_skip_norms(model: ir.Model) -> int:
     Before: `sum = Add(a, b)`, `y = Norm(sum, gamma[, beta])`, `sum` used further on.
     After: `y, _, _, sum = SkipNorm(a, b, gamma[, beta])`.
 
-    Done only where both operands of the addition are computed values and no weight, since the
-    fused operator takes operands of one shape.
+    Done only where both operands of the addition are computed values of one shape and no weight:
+    the fused operator does not repeat them.
 
     Returns:
         How many pairs were joined.
@@ -32,7 +32,7 @@ def fuse_skip_norms(model: ir.Model) -> int:
         add = total.producer() if total is not None else None
         if fused is None or total is None or add is None or add.op_type != "Add":
             continue
-        if any(value is None or value.is_initializer() for value in add.inputs):
+        if add.meta.get(BROADCASTS) or any(v is None or v.is_initializer() for v in add.inputs):
             continue
         skip = ir.Node(
             CONTRIB,

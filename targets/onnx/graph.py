@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 CONTRIB = "com.microsoft"
 OPSET = {"": 21, CONTRIB: 1}
+BROADCASTS = "broadcasts"
+"""Note on a node whose operands are of different shapes; not written to the file."""
 IR_VERSION = 10  # the newest that the oldest supported engine reads, with opset 21
 
 DTYPES = {
@@ -67,7 +69,7 @@ class GraphBuilder:
         self,
         operator: str,
         inputs: Sequence[ir.Value | None],
-        attributes: dict[str, Attribute] | None = None,
+        attributes: Mapping[str, Attribute] | None = None,
         *,
         domain: str = "",
         outputs: int = 1,
@@ -96,7 +98,7 @@ class GraphBuilder:
         """A small constant, kept inside the graph file; equal ones are shared."""
         name = f"const_{values.dtype}_{'x'.join(map(str, values.shape))}_{values.tobytes().hex()}"
         if name not in self._initializers:
-            self._add_initializer(name, ir.tensor(values, name=name))
+            self._add_initializer(name, values.shape, ir.tensor(values, name=name))
         return self._initializers[name]
 
     def scheme(self, parameter: str) -> QuantScheme:
@@ -111,7 +113,8 @@ class GraphBuilder:
         """
 
         def make() -> NDArray[np.generic]:
-            array = self._source.array(parameter).astype(dtype)
+            with np.errstate(over="ignore"):  # told below
+                array = self._source.array(parameter).astype(dtype)
             if not np.isfinite(array).all():
                 raise ConfigError(
                     f"weight '{parameter}' has values too large for float16",
@@ -187,12 +190,17 @@ class GraphBuilder:
             origin = self._source.origin(parameter) or f"{self.component.name}/{parameter}"
             tensor, written = self._weights.add(f"{origin}.{form}", name, shape, make)
             self.weight_bytes[form.split(".", maxsplit=1)[0]] += written
-            self._add_initializer(name, tensor)
+            self._add_initializer(name, shape, tensor)
         return self._initializers[name]
 
-    def _add_initializer(self, name: str, tensor: ir.TensorProtocol) -> None:
+    def _add_initializer(
+        self, name: str, shape: tuple[int, ...], tensor: ir.TensorProtocol
+    ) -> None:
         self._initializers[name] = ir.Value(
-            name=name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype)
+            name=name,
+            const_value=tensor,
+            shape=ir.Shape(shape),
+            type=ir.TensorType(tensor.dtype),
         )
 
 
@@ -201,7 +209,10 @@ def pack_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
 
     Shapes: uint8 `[rows, columns]` to `[rows, columns * bits / 8]`.
     """
-    return codes if bits == 8 else codes[:, 0::2] | (codes[:, 1::2] << 4)
+    if bits == 8:
+        return codes
+    packed: NDArray[np.uint8] = codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))
+    return packed
 
 
 def _io_value(spec: TensorSpec) -> ir.Value:

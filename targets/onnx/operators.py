@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 
 from lorgnette.errors import ConfigError
-from lorgnette.targets.onnx.graph import CONTRIB, DTYPES, GraphBuilder
+from lorgnette.targets.onnx.graph import BROADCASTS, CONTRIB, DTYPES, GraphBuilder
 
 
 @dataclass(frozen=True)
@@ -136,21 +136,17 @@ def rms_norm(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Val
     return builder.node("SimplifiedLayerNormalization", inputs, attributes)[0]
 
 
-def bidirectional_attention(
-    builder: GraphBuilder, node: torch.fx.Node, known: Known
-) -> ir.Value:
+def bidirectional_attention(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
     """Attention without mask as one fused operator."""
     inputs = [_value(builder, known, argument) for argument in node.args[:3]]
     attributes = {"num_heads": cast("int", node.args[3])}
     return builder.node("MultiHeadAttention", inputs, attributes, domain=CONTRIB)[0]
 
 
-def cached_attention(
-    builder: GraphBuilder, node: torch.fx.Node, known: Known
-) -> list[ir.Value]:
+def cached_attention(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> list[ir.Value]:
     """Grouped-query attention with rotary embedding, writing the bound cache in place."""
-    q, k, v, key_cache, value_cache, cos, sin, past = (
-        _value(builder, known, argument) for argument in node.args[:8]
+    qkv, key_cache, value_cache, cos, sin, past = (
+        _value(builder, known, argument) for argument in node.args[:6]
     )
     total = builder.shared("total_length", lambda: _total_length(builder, past))
     last = builder.shared(
@@ -158,11 +154,11 @@ def cached_attention(
         lambda: builder.node("Sub", [total, builder.constant(np.array([1], np.int32))])[0],
     )
     attributes = {
-        "num_heads": cast("int", node.args[8]),
-        "kv_num_heads": cast("int", node.args[9]),
+        "num_heads": cast("int", node.args[6]),
+        "kv_num_heads": cast("int", node.args[7]),
         "do_rotary": 1,
     }
-    inputs = [q, k, v, key_cache, value_cache, last, total, cos, sin]
+    inputs = [qkv, None, None, key_cache, value_cache, last, total, cos, sin]
     return builder.node("GroupQueryAttention", inputs, attributes, domain=CONTRIB, outputs=3)
 
 
@@ -191,9 +187,16 @@ def binary(operator: str) -> Translation:
     def translate(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
         if node.kwargs:
             raise ConfigError("operator has extra arguments", where=node.name, got=node.kwargs)
-        return builder.node(operator, [_value(builder, known, a) for a in node.args[:2]])[0]
+        out = builder.node(operator, [_value(builder, known, a) for a in node.args[:2]])[0]
+        if _shape(node.args[0]) != _shape(node.args[1]):
+            cast("ir.Node", out.producer()).meta[BROADCASTS] = True
+        return out
 
     return translate
+
+
+def _shape(argument: object) -> torch.Size | None:
+    return argument.meta["val"].shape if isinstance(argument, torch.fx.Node) else None
 
 
 def reshape(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
@@ -224,13 +227,29 @@ def select(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value
 def slice_axis(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
     """A contiguous part of an axis."""
     axis, start, end = (
-        node.args[i] if len(node.args) > i else default for i, default in ((1, 0), (2, 0), (3, None))
+        node.args[i] if len(node.args) > i else default
+        for i, default in ((1, 0), (2, 0), (3, None))
     )
     bounds = [start or 0, np.iinfo(np.int64).max if end is None else end, axis]
     if len(node.args) > 4 or not all(isinstance(bound, int | np.integer) for bound in bounds):
         raise ConfigError("slice is not constant", where=f"{builder.component.name} {node}")
     inputs = [builder.constant(np.array([bound], np.int64)) for bound in bounds]
     return builder.node("Slice", [_value(builder, known, node.args[0]), *inputs])[0]
+
+
+def chunk(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> list[ir.Value]:
+    """An axis cut into equal parts.
+
+    Raises:
+        ConfigError: The axis is not divisible.
+    """
+    count = cast("int", node.args[1])
+    axis = cast("int", node.args[2]) if len(node.args) > 2 else 0
+    size = cast("torch.fx.Node", node.args[0]).meta["val"].shape[axis]
+    if size % count:
+        raise ConfigError("chunks are not equal", where=f"{builder.component.name} {node}")
+    x = _value(builder, known, node.args[0])
+    return builder.node("Split", [x], {"axis": axis, "num_outputs": count}, outputs=count)
 
 
 def cast_to(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
@@ -278,6 +297,7 @@ TRANSLATIONS: dict[str, Translation] = {
     "aten.permute.default": permute,
     "aten.select.int": select,
     "aten.slice.Tensor": slice_axis,
+    "aten.chunk.default": chunk,
     "aten.to.dtype": cast_to,
     "aten.alias.default": same,
     "aten._assert_tensor_metadata.default": nothing,

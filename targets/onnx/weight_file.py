@@ -74,7 +74,7 @@ class WeightFile:
             align = PAGE_BYTES if array.nbytes >= PAGE_BYTES else SMALL_ALIGN_BYTES
             self._file.write(b"\0" * (-self._file.tell() % align))
             self._placed[key] = (self._file.tell(), array.nbytes, array.dtype)
-            self._file.write(memoryview(array).cast("B"))
+            self._file.write(array.data)
             written = array.nbytes
         offset, length, dtype = self._placed[key]
         tensor = ir.ExternalTensor(

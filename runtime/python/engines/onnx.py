@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Read by onnxruntime when it is loaded: from 1.29 on its packages send telemetry without it.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -38,6 +40,14 @@ ENGINE_ERRORS = (
     NotImplemented,
     RuntimeException,
 )
+_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "uint8": "tensor(uint8)",
+    "int32": "tensor(int32)",
+    "int64": "tensor(int64)",
+}
+"""What onnxruntime calls the dtypes of a manifest."""
 
 
 class OnnxEngine:
@@ -57,13 +67,15 @@ class OnnxEngine:
 
     def encode(self, tiles: Tiles) -> Float:
         """Image tokens of a batch of tiles. Shapes: uint8 `[G, 3, edge, edge]` to `[G, N, D]`."""
-        (image_tokens,) = self._vision.run(None, {"tiles": tiles})
+        with _running("vision_encoder"):
+            image_tokens: Float = self._vision.run(None, {"tiles": tiles})[0]
         return image_tokens
 
     def embed(self, token_ids: NDArray[np.int64]) -> Float:
         """Embeddings of tokens. Shapes: `[T]` to `[T, D]`."""
-        (embeddings,) = self._embedding.run(None, {"token_ids": token_ids[None]})
-        return embeddings[0]
+        with _running("token_embedding"):
+            embeddings: Float = self._embedding.run(None, {"token_ids": token_ids[None]})[0]
+        return embeddings[0]  # type: ignore[no-any-return]
 
     def new_state(self) -> OnnxDecoderState:
         """An empty KV cache of the bundle's context length."""
@@ -106,8 +118,9 @@ class OnnxDecoderState:
         self._past[0] = past_length
         bound = np.ascontiguousarray(embeddings[None])
         self._bind_input("embeddings", bound)
-        self._session.run_with_iobinding(self._binding)
-        return self._logits[0]
+        with _running("decoder"):
+            self._session.run_with_iobinding(self._binding)
+        return self._logits[0]  # type: ignore[no-any-return]
 
     def _bind_input(self, name: str, array: NDArray[np.generic]) -> None:
         self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
@@ -116,11 +129,25 @@ class OnnxDecoderState:
         self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
 
+@contextmanager
+def _running(component: str) -> Iterator[None]:
+    """Tells what failed where the engine does while it runs a graph."""
+    try:
+        yield
+    except (*ENGINE_ERRORS, RuntimeError) as error:
+        raise BundleError(
+            f"onnxruntime {onnxruntime.__version__} failed",
+            where=component,
+            got=str(error).splitlines()[0],
+            hint="run `lorgnette verify` on the bundle",
+        ) from error
+
+
 def _session(bundle: Bundle, component: str, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors only; they arrive as exceptions as well
+    options.log_severity_level = 4  # fatal ones only: errors arrive as exceptions
     path = bundle.file(bundle.manifest.component(component).graph)
     try:
         session = onnxruntime.InferenceSession(
@@ -144,13 +171,15 @@ def _check_interface(
         ((*entry.inputs, *entry.cache_inputs), session.get_inputs()),
         ((*entry.outputs, *entry.cache_outputs), session.get_outputs()),
     ):
-        wanted = [(tensor.name, list(tensor.shape)) for tensor in promised]
-        got = [(value.name, list(value.shape)) for value in actual]
+        wanted = [(t.name, _TYPES[t.dtype], list(t.shape)) for t in promised]
+        got = [(value.name, value.type, list(value.shape)) for value in actual]
         if wanted != got:
-            differing = next((pair for pair in zip(got, wanted, strict=False) if pair[0] != pair[1]), None)
+            counts = (f"{len(got)} tensors", f"{len(wanted)} tensors")
+            pairs = zip(got, wanted, strict=False)
+            differing = next((pair for pair in pairs if pair[0] != pair[1]), counts)
             raise BundleError(
                 "graph is not what the manifest says",
                 where=path,
-                got=differing[0] if differing else f"{len(got)} tensors",
-                wanted=differing[1] if differing else f"{len(wanted)} tensors",
+                got=differing[0],
+                wanted=differing[1],
             )

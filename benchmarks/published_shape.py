@@ -1,0 +1,97 @@
+"""Export and run of a published shape with random weights: time, memory, size, speed.
+
+    python -m benchmarks.published_shape [--config tests/golden/configs/SmolVLM-256M-Instruct.json]
+        [--quant int4] [--threads N] [--keep DIR]
+
+Makes the checkpoint, exports it at the full tiling and at one tile, and asks each bundle about
+the same 640 x 480 picture, all through the command line in processes of their own. Speeds are
+medians of the runs; the machine's load is printed beside them, since it decides what they mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tests.helpers import make_random_published
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "tests/golden/configs/SmolVLM-256M-Instruct.json"
+NEW_TOKENS = 65
+
+
+def lorgnette(*arguments: object) -> dict[str, Any]:
+    """Runs a command with --json and returns its document."""
+    command = [sys.executable, "-m", "lorgnette", *map(str, arguments), "--json"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    document: dict[str, Any] = json.loads(done.stdout)
+    return document
+
+
+def run(bundle: Path, picture: Path, threads: int, runs: int) -> dict[str, float]:
+    """Medians over several cold processes."""
+    documents = [
+        lorgnette(
+            *("run", bundle, "--image", picture, "--prompt", "What do you see?"),
+            *("--max-new-tokens", NEW_TOKENS, "--threads", threads),
+        )
+        for _ in range(runs)
+    ]
+    times = {
+        f"{name} ms": statistics.median(document["timings_ms"][name] for document in documents)
+        for name in documents[0]["timings_ms"]
+    }
+    return {
+        "tiles": documents[0]["tiles"],
+        "prompt tokens": documents[0]["prompt_tokens"],
+        **times,
+        "decode tokens/s": statistics.median(d["decode_tokens_per_s"] for d in documents),
+        "peak RSS MB": max(document["peak_rss_bytes"] for document in documents) / 1e6,
+    }
+
+
+def main() -> None:
+    """Reads the command line and prints the figures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--quant", default="int4")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--keep", type=Path, help="folder to leave checkpoint and bundles in")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.keep or Path(temporary)
+        checkpoint = folder / arguments.config.stem
+        if not checkpoint.exists():
+            checkpoint.mkdir(parents=True)
+            make_random_published(checkpoint, arguments.config)
+        generator = np.random.default_rng(0)
+        picture = folder / "picture.png"
+        Image.fromarray(generator.integers(0, 256, (480, 640, 3), dtype=np.uint8)).save(picture)
+        print(f"{arguments.config.stem}, {arguments.quant}, {arguments.threads} threads")
+        for tiles in (17, 1):
+            bundle = folder / f"{arguments.config.stem}-{arguments.quant}-{tiles}.lorg"
+            options = ("--quant", arguments.quant, "--max-tiles", tiles, "--out", bundle, "--force")
+            made = lorgnette("export", checkpoint, *options)
+            print(f"\n--max-tiles {tiles} (load average {os.getloadavg()[0]:.1f})")
+            print(f"  {'export s':18}{made['seconds']:10.1f}")
+            print(f"  {'export RSS MB':18}{made['peak_rss_bytes'] / 1e6:10.0f}")
+            print(f"  {'bundle MB':18}{made['bytes'] / 1e6:10.1f}")
+            for name, value in run(bundle, picture, arguments.threads, arguments.runs).items():
+                print(f"  {name:18}{value:10.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""What the graphs of a bundle must take and give, as its model's numbers say.
+
+A bundle comes from anywhere. Its manifest is compared with itself here and with the graphs by the
+engine, so that a lie in it is one clear error at opening and not a crash in the middle of an
+answer.
+"""
+
+from __future__ import annotations
+
+from lorgnette.bundle import Bundle
+from lorgnette.errors import BundleError
+from lorgnette.manifest import ComponentEntry, Manifest, TensorEntry
+
+Tensors = list[tuple[str, str, tuple[int | str, ...]]]
+
+
+def check_interface(bundle: Bundle) -> None:
+    """Compares every tensor of the manifest with the model's numbers.
+
+    Raises:
+        BundleError: Numbers are impossible or disagree, or a component is missing.
+    """
+    manifest = bundle.manifest
+    _check_numbers(bundle)
+    for name, (inputs, outputs) in _wanted(manifest).items():
+        entry = manifest.component(name)
+        for got, wanted in ((_listed(entry.inputs), inputs), (_listed(entry.outputs), outputs)):
+            if got != wanted:
+                raise _lie(bundle, f"tensors of {name}", got, wanted)
+    _check_caches(bundle, manifest.component("decoder"))
+
+
+def _check_numbers(bundle: Bundle) -> None:
+    """Refuses numbers that no model has, and pairs of numbers that must be equal."""
+    manifest = bundle.manifest
+    vision, text = manifest.spec.vision, manifest.spec.text
+    scale = manifest.spec.projector_scale
+    counts = (vision.image_size, vision.patch_size, scale, text.vocab_size, text.hidden_size)
+    if min(*counts, text.layers, text.kv_heads, text.head_size) < 1:
+        raise _lie(bundle, "sizes of the model", min(counts), "1 or more")
+    if not 2 <= manifest.context_length <= text.max_positions:
+        wanted = f"2 to {text.max_positions}"
+        raise _lie(bundle, "context length", manifest.context_length, wanted)
+    per_tile = manifest.spec.image_tokens_per_tile
+    if manifest.prompt.image.tokens_per_tile != per_tile:
+        got = manifest.prompt.image.tokens_per_tile
+        raise _lie(bundle, "image tokens of a tile in the prompt", got, per_tile)
+    if manifest.preprocess.tile_size != vision.image_size:
+        raise _lie(bundle, "tile size", manifest.preprocess.tile_size, vision.image_size)
+
+
+def _wanted(manifest: Manifest) -> dict[str, tuple[Tensors, Tensors]]:
+    """Inputs and outputs of every component, caches aside."""
+    spec = manifest.spec
+    edge, width = spec.vision.image_size, spec.text.hidden_size
+    embeddings = ("embeddings", "float32", (1, "T", width))
+    image_tokens = ("image_tokens", "float32", ("G", spec.image_tokens_per_tile, width))
+    return {
+        "vision_encoder": ([("tiles", "uint8", ("G", 3, edge, edge))], [image_tokens]),
+        "token_embedding": ([("token_ids", "int64", (1, "T"))], [embeddings]),
+        "decoder": (
+            [embeddings, ("past_length", "int32", (1,))],
+            [("logits", "float32", (1, spec.text.vocab_size))],
+        ),
+    }
+
+
+def _check_caches(bundle: Bundle, decoder: ComponentEntry) -> None:
+    """Keys and values of every layer, as many out as in."""
+    text = bundle.manifest.spec.text
+    wanted = [("float32", (1, text.kv_heads, "S", text.head_size))] * (2 * text.layers)
+    for tensors in (decoder.cache_inputs, decoder.cache_outputs):
+        got = [(tensor.dtype, tensor.shape) for tensor in tensors]
+        if got != wanted:
+            raise _lie(bundle, "KV cache", got[:1] or "none", f"{len(wanted)} of {wanted[0]}")
+
+
+def _listed(tensors: tuple[TensorEntry, ...]) -> Tensors:
+    return [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
+
+
+def _lie(bundle: Bundle, what: str, got: object, wanted: object) -> BundleError:
+    return BundleError(
+        f"manifest does not fit together: {what}", where=bundle.path, got=got, wanted=wanted
+    )

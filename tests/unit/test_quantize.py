@@ -1,0 +1,158 @@
+"""Round to nearest against a scalar oracle, packing, and the plans."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+
+from lorgnette.errors import EXIT_WRONG_INPUT, ConfigError
+from lorgnette.quantize.methods import rtn
+from lorgnette.quantize.plan import PLANS, find_plan
+from lorgnette.quantize.reference import rtn_group
+from lorgnette.quantize.scheme import FLOAT16, FLOAT32, QuantScheme
+from lorgnette.targets.onnx.graph import pack_codes
+
+Matrix = NDArray[np.float32]
+GROUP = 32
+INT8 = QuantScheme(bits=8, group_size=GROUP)
+INT4 = QuantScheme(bits=4, group_size=GROUP)
+
+# Multiples of a power of two make ties; the rest are the ends of float32.
+values = (
+    st.integers(-16, 16).map(lambda n: n / 8)
+    | st.floats(-1, 1, width=32)
+    | st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 1e-40, 1e-38, -1.2e-38, 3e38, -3e38, 3.4028235e38])
+)
+matrices = st.tuples(st.integers(1, 3), st.sampled_from([1, 31, 32, 33, 64, 72])).flatmap(
+    lambda shape: hnp.arrays(np.float32, shape, elements=values)
+)
+schemes = st.sampled_from([INT8, INT4])
+
+
+@settings(max_examples=150)
+@given(matrices, schemes)
+@example(np.zeros((2, 32), np.float32), INT4)
+@example(np.array([[-8.0, 7.5, 6.5, 5.5, -0.5, 0.5]], np.float32), INT4)
+@example(np.array([[2.0, -2.0], [-2.0, 2.0]], np.float32), INT8)
+def test_codes_and_scales_are_the_oracles(weight: Matrix, scheme: QuantScheme) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = rtn.quantize(weight, scheme)
+    rows, columns = weight.shape
+    groups = -(-columns // GROUP)
+    assert made.codes.shape == (rows, groups * GROUP)
+    assert made.scales.shape == (rows, groups)
+    assert (made.codes.dtype, made.scales.dtype) == (np.uint8, np.float32)
+    assert (made.columns, made.zero_point) == (columns, 2 ** (scheme.bits - 1))
+    for row in range(rows):
+        for group in range(groups):
+            part = np.zeros(GROUP, np.float32)
+            given_part = weight[row, group * GROUP : (group + 1) * GROUP]
+            part[: len(given_part)] = given_part
+            codes, scale = rtn_group(part, scheme.bits)
+            got = made.codes[row, group * GROUP : (group + 1) * GROUP]
+            assert got.tolist() == codes
+            assert made.scales[row, group] == scale
+
+
+@settings(max_examples=200)
+@given(matrices, schemes)
+def test_every_weight_is_within_half_a_step(weight: Matrix, scheme: QuantScheme) -> None:
+    """The last code on the far side may be a whole step away, and tiny groups become zero."""
+    made = rtn.quantize(weight, scheme)
+    back = made.dequantize()
+    assert back.shape == weight.shape
+    assert back.dtype == np.float32
+    columns = weight.shape[1]
+    steps = np.abs(made.scales.astype(np.float64)).repeat(GROUP, axis=1)[:, :columns]
+    last = made.codes[:, :columns] == 2**scheme.bits - 1
+    error = np.abs(back.astype(np.float64) - weight)
+    slack = 2.0**-20 * np.abs(weight.astype(np.float64)) + 2.0**-120
+    assert (error <= np.where(last, steps, steps / 2) + slack).all()
+
+
+@given(hnp.arrays(np.float32, (1, GROUP), elements=st.floats(-100, 100, width=32)), schemes)
+def test_the_largest_weight_survives(weight: Matrix, scheme: QuantScheme) -> None:
+    largest = weight.flat[np.abs(weight).argmax()]
+    back = rtn.quantize(weight, scheme).dequantize()
+    assert np.abs(back - largest).min() <= 1e-6 * abs(largest) + 1e-37
+
+
+def test_columns_beyond_the_weight_mean_zero() -> None:
+    weight = np.full((2, 33), 5.0, np.float32)
+    made = rtn.quantize(weight, INT4)
+    assert (made.codes[:, 33:] == made.zero_point).all()
+    assert np.allclose(made.dequantize(), weight)
+
+
+@given(
+    st.sampled_from([4, 8]).flatmap(
+        lambda bits: st.tuples(
+            st.just(bits),
+            hnp.arrays(
+                np.uint8,
+                st.tuples(st.integers(1, 4), st.integers(1, 20).map(lambda n: 2 * n)),
+                elements=st.integers(0, 2**bits - 1),
+            ),
+        )
+    )
+)
+def test_packing_round_trip(case: tuple[int, NDArray[np.uint8]]) -> None:
+    bits, codes = case
+    packed = pack_codes(codes, bits)
+    assert packed.dtype == np.uint8
+    assert packed.shape == (codes.shape[0], codes.shape[1] * bits // 8)
+    for (row, column), code in np.ndenumerate(codes):
+        # Bit by bit: code c of a row starts at bit c * bits of the row, low bits first.
+        start = column * bits
+        assert (int(packed[row, start // 8]) >> (start % 8)) & (2**bits - 1) == code
+
+
+@given(
+    st.sampled_from([INT8, INT4, QuantScheme(bits=4, group_size=128)]),
+    st.integers(1, 9),
+    st.integers(1, 300),
+)
+def test_stored_bytes(scheme: QuantScheme, rows: int, columns: int) -> None:
+    made = rtn.quantize(np.ones((rows, columns), np.float32), scheme)
+    stored = pack_codes(made.codes, scheme.bits).nbytes + made.scales.nbytes
+    assert scheme.stored_bytes(made.codes.size) == stored
+
+
+def test_stored_bytes_of_floats() -> None:
+    assert FLOAT32.stored_bytes(7) == 28
+    assert FLOAT16.stored_bytes(7) == 14
+    assert INT4.stored_bytes(64) == 32 + 8
+    assert [s.is_integer for s in (FLOAT32, FLOAT16, INT8, INT4)] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("plan", "component", "bits", "int8_activations"),
+    [
+        ("fp32", "decoder", 32, False),
+        ("fp16", "vision_encoder", 16, False),
+        ("int8", "vision_encoder", 8, False),
+        ("int8", "decoder", 8, True),
+        ("int8", "token_embedding", 8, True),
+        ("int4", "vision_encoder", 8, False),
+        ("int4", "decoder", 4, True),
+        ("int4", "token_embedding", 4, True),
+    ],
+)
+def test_plans(plan: str, component: str, bits: int, int8_activations: bool) -> None:
+    scheme = find_plan(plan).scheme_for(component, "layers.0.mlp.fc1.weight")
+    assert (scheme.bits, scheme.int8_activations) == (bits, int8_activations)
+
+
+def test_unknown_plan_lists_the_known() -> None:
+    with pytest.raises(ConfigError) as caught:
+        find_plan("int3")
+    assert caught.value.exit_code == EXIT_WRONG_INPUT
+    for part in ("'int3'", *PLANS):
+        assert part in str(caught.value)

@@ -1,0 +1,1 @@
+"""The zoo: small checkpoints in published layouts, trained here on procedural pictures."""
