@@ -80,7 +80,7 @@ def bounds_for(plan: QuantPlan) -> Bounds:
     rounded = any(scheme.int8_activations for _, scheme in plan.rules)
     return Bounds(
         image_tokens=1e-3,
-        logits=0.15 if rounded else 1e-3,
+        logits=0.1 if rounded else 1e-3,
         greedy_ids_equal=plan.name == "fp32",
     )
 

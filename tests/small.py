@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import onnxruntime
 import torch
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from lorgnette.targets.onnx.lowering import OnnxCpu
 from lorgnette.targets.target import LoweredComponent
 from tests.helpers import write_weights
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 
 
 def tensor_folder(folder: Path, tensors: Mapping[str, Tensor]) -> Checkpoint:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -91,7 +90,6 @@ def _leave(ctx: click.Context, error: BaseException) -> NoReturn:
     """Reports what a command raised and exits with its code."""
     as_json = bool(ctx.params.get("as_json"))
     if isinstance(error, BrokenPipeError):
-        _discard_stdout()
         ctx.exit(EXIT_PIPE)
     if isinstance(error, KeyboardInterrupt):
         if as_json:
@@ -223,10 +221,3 @@ def table(rows: Sequence[tuple[str, ...]], indent: str = "  ") -> list[str]:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=False))
         lines.append((indent + "  ".join(cells)).rstrip())
     return lines
-
-
-def _discard_stdout() -> None:
-    """Points stdout at nothing, so that flushing it at exit cannot fail again."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
-    os.close(null)

@@ -62,7 +62,8 @@ def run(
     """Asks the model in BUNDLE about pictures; the answer appears as it is generated.
 
     Ctrl-C ends the answer and keeps what is there. With --chat, pictures go with the first
-    question, and an answer knows the ones before it.
+    question, and an answer knows the ones before it; on a terminal, Ctrl-C then ends the answer
+    and the conversation goes on.
     """
     if prompt is None and not chat:
         raise click.UsageError("--prompt is missing (or --chat, to read questions from stdin)")
@@ -80,11 +81,12 @@ def run(
     first = _read_stdin() if prompt == "-" else prompt
     model = open_model(bundle, threads=threads)
     session = _Session(model, system, request, as_json, stats or sys.stderr.isatty())
+    goes_on = chat and sys.stdin.isatty()  # where Ctrl-C ends an answer, not the conversation
     interrupted = False
     for question in questions(first, chat):
-        interrupted = session.ask(question, images)
+        interrupted = session.ask(question, images) and not goes_on
         images = ()
-        if interrupted and not (chat and sys.stdin.isatty()):
+        if interrupted:
             break
     if as_json:
         print_json(session.document(chat))
@@ -137,6 +139,8 @@ def questions(first: str | None, chat: bool) -> Iterator[str]:
             click.echo("> ", nl=False, err=True)
         line = sys.stdin.buffer.readline()
         if not line:
+            if sys.stdin.isatty():
+                click.echo(err=True)  # behind the mark that waited for a question
             return
         if line.strip():
             yield _decode(line)

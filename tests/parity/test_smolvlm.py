@@ -77,12 +77,12 @@ class Oracle:
     @torch.no_grad()
     def encode(self, tiles: NDArray[np.uint8]) -> Tensor:
         (tokens,) = self.model.model.get_image_features(**self.pixels(tiles)).pooler_output
-        return tokens.reshape(len(tiles), -1, tokens.shape[-1])
+        return tokens.reshape(len(tiles), -1, tokens.shape[-1])  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def logits(self, ids: list[int], tiles: NDArray[np.uint8] | None = None) -> Tensor:
         extra = {} if tiles is None else self.pixels(tiles)
-        return self.model(input_ids=torch.tensor([ids]), **extra).logits[0]
+        return self.model(input_ids=torch.tensor([ids]), **extra).logits[0]  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def greedy(self, ids: list[int], tiles: NDArray[np.uint8], steps: int) -> list[int]:

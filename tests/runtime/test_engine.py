@@ -148,7 +148,7 @@ def test_an_unknown_engine_is_named(fp32: Path, tmp_path: Path) -> None:
     bundle = edit_manifest(
         copy_bundle(fp32, tmp_path / "b.lorg"), lambda m: m.update(engine="abacus")
     )
-    with pytest.raises(BundleError, match="unknown engine .*: got 'abacus', wanted onnxruntime"):
+    with pytest.raises(BundleError, match=r"unknown engine .*: got 'abacus', wanted onnxruntime"):
         open_engine(open_bundle(bundle), 1)
 
 

@@ -53,14 +53,10 @@ def test_threads_must_be_positive(fp32: Path, threads: int) -> None:
         open_model(fp32, threads=threads)
 
 
-def test_no_threads_means_every_usable_core(
-    fp32: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_threads_means_every_usable_core(fp32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(model_module, "usable_cores", lambda: 3)
-    monkeypatch.setattr(
-        model_module, "open_engine", lambda bundle, threads: asked.append(threads)
-    )
+    monkeypatch.setattr(model_module, "open_engine", lambda bundle, threads: asked.append(threads))
     open_model(fp32)
     open_model(fp32, threads=2)
     assert asked == [3, 2]
@@ -179,7 +175,9 @@ def more_tokens(bundle: Path) -> None:
     def change(values: dict[str, object]) -> None:
         added = values["added_tokens"]
         assert isinstance(added, list)
-        added += [added[-1] | {"id": added[-1]["id"] + n, "content": f"<n{n}>"} for n in range(1, 99)]
+        added += [
+            added[-1] | {"id": added[-1]["id"] + n, "content": f"<n{n}>"} for n in range(1, 99)
+        ]
 
     edit_json(bundle / "tokenizer/tokenizer.json", change)
 

@@ -81,7 +81,10 @@ def test_the_same_picture_twice_in_one_question_is_encoded_once(
     assert two.tiles == len(prepare(picture(20, 9), model.manifest.preprocess).pixels)
 
 
-def test_tiles_go_in_calls_of_a_few_and_in_order(fp32: Path) -> None:
+def test_tiles_go_in_calls_of_a_few_and_in_order(
+    fp32: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures_module, "TILES_PER_CALL", 4)
     model = open_model(fp32, threads=1)
     tiles = prepare(picture(60, 90), model.manifest.preprocess)
     assert len(tiles.pixels) == 5 > pictures_module.TILES_PER_CALL

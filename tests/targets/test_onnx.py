@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -136,7 +137,7 @@ def test_traced_is_eager(plain: Eager) -> None:
     eager = plain
     ids, tiles = prompt_ids(eager, 2), random_tiles(2, eager.spec.vision.image_size)
 
-    def run(name: str, *inputs: object) -> object:
+    def run(name: str, *inputs: object) -> Any:
         """The traced program on the loaded weights."""
         module = eager.programs[name].module(check_guards=False)
         for node in list(module.graph.nodes):
@@ -154,7 +155,7 @@ def test_traced_is_eager(plain: Eager) -> None:
         part = embeddings[:, at : at + size]
         logits, after = eager.decode(part, at, cache)
         past = torch.tensor([at], dtype=torch.int32)
-        got, got_after = run("decoder", part, past, cache)  # type: ignore[misc]
+        got, got_after = run("decoder", part, past, cache)
         assert torch.equal(got[0], logits)
         assert all(map(torch.equal, got_after, after))
         cache = after
@@ -214,7 +215,7 @@ class RoundedInput(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         columns = x.shape[-1]
-        groups = torch.nn.functional.pad(x, (0, -columns % 32)).unflatten(-1, (-1, 32))
+        groups = torch.nn.functional.pad(x, (0, -columns % 32)).reshape(*x.shape[:-1], -1, 32)
         largest = groups.abs().amax(-1, keepdim=True)
         inverse = torch.where(largest > 0, 127 / largest, 0.0)
         rounded = torch.round(groups * inverse) * (largest / 127)
@@ -238,13 +239,13 @@ def test_rounded_activations(plain: Eager, tmp_path: Path, plan: str) -> None:
     ids, tiles = prompt_ids(eager, 2), random_tiles(2, eager.spec.vision.image_size)
     assert relative(graphs.encode(tiles), eager.encode(tiles).numpy()) <= 1e-4
     embeddings, every = eager.splice(ids, tiles), [1] * len(ids)
-    plain = eager.logits(embeddings, every).numpy()
+    unrounded = eager.logits(embeddings, every).numpy()
     round_inputs(eager.modules["decoder"])
     rounded = eager.logits(embeddings, every).numpy()
     for chunks in [*splits(len(ids)), every]:
         at = np.cumsum(chunks) - 1
         got = graphs.logits_in_place(embeddings.numpy(), chunks)
-        lost = np.linalg.norm(got - plain[at], axis=1) / np.linalg.norm(plain[at], axis=1)
+        lost = np.linalg.norm(got - unrounded[at], axis=1) / np.linalg.norm(unrounded[at], axis=1)
         assert (lost > 1e-4).all(), chunks  # so they are rounded indeed
         assert (lost < 0.15).all(), chunks
         # Now and then another order of sums tips a value over to the next integer. Other
@@ -266,7 +267,7 @@ def test_operators_are_the_fused_ones(graphs: Graphs) -> None:
     assert decoder["ai.onnx::SimplifiedLayerNormalization"] == 2
     kept_whole = graphs.eager.plan.rules[-1][1].is_integer
     matmul = "com.microsoft::MatMulNBits" if kept_whole else "com.microsoft::FusedMatMul"
-    assert decoder[matmul] == 7 * layers + 1
+    assert decoder[matmul] == 4 * layers + 1
     assert vision[matmul] == 6 * spec.vision.layers + 2
     gather = "com.microsoft::GatherBlockQuantized" if kept_whole else "ai.onnx::Gather"
     assert operators["token_embedding"][gather] == 1

@@ -50,15 +50,22 @@ def test_a_truncated_shard(tmp_path: Path) -> None:
     refused_export(path, tmp_path, str(file), "download it again")
 
 
-def test_an_unknown_architecture_as_a_process(tmp_path: Path) -> None:
+def test_an_unknown_architecture(tmp_path: Path) -> None:
     path = changed_checkpoint(tmp_path, "config.json", lambda c: c.update(model_type="nonesuch"))
-    code, out, err = process("export", path, "--out", tmp_path / "a.lorg", "--json")
+    refused_export(path, tmp_path, "unknown architecture", "got 'nonesuch'", "idefics3")
+
+
+def test_an_error_as_a_process_is_one_line_and_with_json_one_document(tmp_path: Path) -> None:
+    code, out, err = process("export", tmp_path / "none", "--json")
     assert code == 2
-    assert err.startswith(b"error: unknown architecture in config.json model_type: got 'nonesuch'")
+    assert err.startswith(b"error: checkpoint is not a directory in ")
     assert err.count(b"\n") == 1
     told = json.loads(out)["error"]
-    assert (told["type"], told["got"], told["exit_code"]) == ("ConfigError", "'nonesuch'", 2)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
+    assert (told["type"], told["where"], told["exit_code"]) == (
+        "CheckpointError",
+        str(tmp_path / "none"),
+        2,
+    )
 
 
 def test_a_chat_template_that_does_not_fit(tmp_path: Path) -> None:

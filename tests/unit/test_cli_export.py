@@ -6,7 +6,6 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
@@ -46,7 +45,7 @@ def test_as_a_process_it_is_silent_on_stderr_and_names_the_bundle_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, err = process("export", ZOO, "--quant", "int8", "--context", "256", "--no-split")
+    code, out, err = process("export", ZOO, "--quant", "int8", "--no-split", "--context", "256")
     assert (code, err) == (0, b"")
     lines = out.decode().splitlines()
     assert lines[0].startswith("smolvlm-tiny-int8.lorg: ")
@@ -57,9 +56,26 @@ def test_as_a_process_it_is_silent_on_stderr_and_names_the_bundle_itself(
     manifest = json.loads((tmp_path / "smolvlm-tiny-int8.lorg" / "manifest.json").read_text())
     assert manifest["context_length"] == 256
     assert manifest["preprocess"]["split"] is False
-    caches = load_file(tmp_path / "smolvlm-tiny-int8.lorg" / "golden" / "golden.safetensors")
-    assert len(caches["image_tokens"]) == 1  # one tile, as nothing is split
-    assert caches["picture"].dtype == np.uint8
+    golden = load_file(tmp_path / "smolvlm-tiny-int8.lorg" / "golden" / "golden.safetensors")
+    assert len(golden["image_tokens"]) == 1  # one tile, as nothing is split
+
+
+def test_every_option_reaches_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def record(path: Path, out: Path, recipe: Recipe, *, replace: bool, progress: object) -> None:
+        asked.append((path, out, recipe, replace))
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr("lorgnette.export.pipeline.export", record)
+    options = ("--target", "x", "--quant", "y", "--context", 9, "--max-tiles", 5, "--split")
+    assert call("export", ZOO, *options, "--force").exit_code == 2
+    assert call("export", ZOO, "--longest-edge", 64, "--out", "b.lorg").exit_code == 2
+    recipe = Recipe(target="x", quant="y", context_length=9, max_tiles=5, split=True)
+    assert asked == [
+        (ZOO, Path("smolvlm-tiny-y.lorg"), recipe, True),
+        (ZOO, Path("b.lorg"), Recipe(longest_edge=64), False),
+    ]
 
 
 def test_an_existing_bundle_stays_unless_forced(tmp_path: Path) -> None:
@@ -156,5 +172,6 @@ def test_a_context_that_cannot_hold_the_golden_prompt_is_refused(tmp_path: Path)
     result = call("export", ZOO, "--context", "8", "--out", tmp_path / "a.lorg")
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
-    assert "wanted at most 8" in result.stderr
+    assert "context" in result.stderr
+    assert "got 8" in result.stderr
     assert not list(tmp_path.iterdir())

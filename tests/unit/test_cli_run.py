@@ -217,6 +217,25 @@ def test_a_reader_that_goes_away_ends_it_quietly(slow_answer: subprocess.Popen[b
     assert set(err.split(b"\n")) <= {b"token", b""}
 
 
+def test_ctrl_c_in_a_chat_on_a_terminal_ends_the_answer_alone(endless: Path) -> None:
+    leader, follower = os.openpty()
+    args = ["run", endless, "--chat", "--max-new-tokens", 100, "--temperature", 50]
+    child = start(args, before=SLOW, stdin=follower)
+    os.close(follower)
+    assert child.stderr is not None
+    for question in (b"What is it?\n", b"And where?\n"):
+        os.write(leader, question)
+        for _ in range(5):
+            assert child.stderr.readline().endswith(b"token\n")
+        child.send_signal(signal.SIGINT)
+    os.write(leader, b"\x04")  # the end of the input
+    out, err = child.communicate(timeout=20)
+    os.close(leader)
+    assert child.returncode == 0
+    assert out.count(b"\n") >= 2
+    assert err.endswith(b"> \n")
+
+
 def test_ctrl_c_before_the_answer_is_exit_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
