@@ -28,6 +28,10 @@ LOGIT_STEPS = 6
 says first hardly depends on the question, and only further steps pass through the KV cache."""
 
 
+FLOAT_BOUND = 5e-5
+"""Relative error that another order of float32 sums may cause."""
+
+
 @dataclass(frozen=True)
 class Parts:
     """Everything that is known of a checkpoint once it is parsed."""
@@ -73,6 +77,11 @@ def golden_prompt(parts: Parts, picture: NDArray[np.uint8], question: str = QUES
     return ids
 
 
+def rounds_activations(plan: QuantPlan) -> bool:
+    """Whether an engine may round activations under a plan."""
+    return any(scheme.int8_activations for _, scheme in plan.rules)
+
+
 def bounds_for(plan: QuantPlan) -> Bounds:
     """How far an engine may be from the reference with the same rounded weights.
 
@@ -81,10 +90,9 @@ def bounds_for(plan: QuantPlan) -> Bounds:
     with such, 1e-6 for image tokens, 4e-6 for logits, 0.05 for logits of rounded activations.
     A margin of ten for the first two leaves no room for another GELU or another epsilon.
     """
-    rounded = any(scheme.int8_activations for _, scheme in plan.rules)
     return Bounds(
-        image_tokens=5e-5,
-        logits=0.1 if rounded else 5e-5,
+        image_tokens=FLOAT_BOUND,
+        logits=0.1 if rounds_activations(plan) else FLOAT_BOUND,
         greedy_ids_equal=plan.name == "fp32",
     )
 
