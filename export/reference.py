@@ -90,17 +90,22 @@ class Reference:
 
     @torch.no_grad()
     def generate(
-        self, embeddings: Float, count: int, stop_ids: Sequence[int]
+        self,
+        embeddings: Float,
+        count: int,
+        stop_ids: Sequence[int],
+        forced: Sequence[int] = (),
     ) -> tuple[Float, list[int]]:
-        """The logits behind a prompt and the greedy tokens that follow.
+        """The greedy tokens that follow a prompt, and the logits that each was chosen from.
 
         Args:
             embeddings: The prompt `[T, D]`, image tokens spliced in.
-            count: How many tokens at most; 1 gives just the first.
+            count: How many tokens at most.
             stop_ids: Tokens that end the answer.
+            forced: Tokens that follow whatever the logits say, at least `count`; none for greedy.
 
         Returns:
-            Logits `[V]` and the token ids.
+            Logits `[K, V]` and the K token ids.
         """
         component = self._components["decoder"]
         capacity = len(embeddings) + count
@@ -109,15 +114,16 @@ class Reference:
             for spec in component.cache_inputs
         ]
         decoder = self._module("decoder")
-        fed, past, ids = torch.from_numpy(embeddings[None]), 0, []
-        first: Float | None = None
+        fed, past = torch.from_numpy(embeddings[None]), 0
+        rows: list[Float] = []
+        ids: list[int] = []
         while True:
             logits, caches = decoder(fed, torch.tensor([past], dtype=torch.int32), caches)
             past += fed.shape[1]
-            first = logits[0].numpy() if first is None else first
-            ids.append(int(logits[0].argmax()))
-            if len(ids) == count or ids[-1] in stop_ids:
-                return first, ids
+            ids.append(forced[len(rows)] if forced else int(logits[0].argmax()))
+            rows.append(logits[0].numpy())
+            if len(ids) == count or (not forced and ids[-1] in stop_ids):
+                return np.stack(rows), ids
             fed = torch.from_numpy(self.embed(ids[-1:])[None])
 
     def _module(self, name: str) -> nn.Module:

@@ -45,7 +45,8 @@ class Golden:
         text: Everything but the tensors.
         picture: uint8 `[H, W, 3]`.
         image_tokens: float32 `[G, N, D]`, of the weights as the scheme rounds them.
-        logits: float32 `[V]`, likewise.
+        logits: float32 `[K, V]`, likewise: behind the prompt, and behind the first K - 1 tokens
+            of the original's greedy answer.
     """
 
     text: GoldenText
@@ -99,7 +100,7 @@ def _check_shapes(bundle: Bundle, golden: Golden) -> None:
     for name, array, dtype, shape in (
         ("picture", golden.picture, np.uint8, (*golden.picture.shape[:2], 3)),
         ("image_tokens", golden.image_tokens, np.float32, tokens),
-        ("logits", golden.logits, np.float32, (spec.text.vocab_size,)),
+        ("logits", golden.logits, np.float32, (*golden.logits.shape[:1], spec.text.vocab_size)),
     ):
         if array.dtype != dtype or array.shape != shape:
             raise BundleError(
@@ -107,6 +108,13 @@ def _check_shapes(bundle: Bundle, golden: Golden) -> None:
                 where=bundle.path,
                 got=f"{array.dtype}{list(array.shape)}",
             )
+    if not 1 <= len(golden.logits) <= len(text.original_greedy_ids):
+        raise BundleError(
+            "golden logits do not fit the golden answer",
+            where=bundle.path,
+            got=f"{len(golden.logits)} steps",
+            wanted=f"1 to {len(text.original_greedy_ids)}",
+        )
     positions = len(text.prompt_ids) + len(text.original_greedy_ids)
     if positions > bundle.manifest.context_length:
         raise BundleError(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from lorgnette.errors import BundleError, ImageError, RequestError
 from lorgnette.runtime import chat as chat_module
+from lorgnette.runtime import pictures as pictures_module
 from lorgnette.runtime.chat import Chat
 from lorgnette.runtime.generation import Request
 from lorgnette.runtime.model import Model
@@ -288,8 +289,9 @@ def test_cancel_while_decoding_ends_at_the_next_token(
 
 
 def test_cancel_while_encoding_pictures_keeps_nothing(
-    fp32: Path, tokenizer: Tokenizer, stop: int
+    fp32: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
+    monkeypatch.setattr(pictures_module, "TILES_PER_CALL", 4)
     engine = FakeEngine(lambda _: stop)
     model = fake_model(fp32, engine)
     chat = model.chat()
@@ -297,7 +299,7 @@ def test_cancel_while_encoding_pictures_keeps_nothing(
         engine.on_encode = lambda count: canceller.now()
         canceller.generation = generation = chat.send(QUESTION, [picture(60, 60)])
         result = generation.result()
-    assert engine.tiles == [1], "five tiles take five calls, and no second one must come"
+    assert engine.tiles == [4], "five tiles take two calls, and the second must not come"
     assert engine.runs == []
     assert (result.finish_reason, result.text, result.token_ids) == ("cancelled", "", ())
     assert result.timings.vision > 0 or result.timings.preprocess > 0
@@ -410,6 +412,7 @@ def test_an_error_before_the_first_token_keeps_nothing(
     fp32: Path, stop: int, monkeypatch: pytest.MonkeyPatch, encode_call: int, run_call: int
 ) -> None:
     monkeypatch.setattr(chat_module, "PREFILL_CHUNK", 50)
+    monkeypatch.setattr(pictures_module, "TILES_PER_CALL", 4)
     engine = FakeEngine(lambda _: stop)
     model = fake_model(fp32, engine)
     engine.on_encode, engine.on_run = fail_at(encode_call), fail_at(run_call)  # type: ignore[assignment]

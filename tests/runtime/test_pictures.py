@@ -12,7 +12,7 @@ from PIL import Image
 
 from lorgnette.runtime import pictures as pictures_module
 from lorgnette.runtime.engines.engine import Float
-from lorgnette.runtime.model import Model, open_model
+from lorgnette.runtime.model import Model
 from lorgnette.runtime.pictures import EncodedPicture, PictureCache, content_key, encode_picture
 from lorgnette.runtime.preprocess import Tiles, prepare
 from tests.runtime.support import FakeEngine, fake_model, picture
@@ -81,26 +81,27 @@ def test_the_same_picture_twice_in_one_question_is_encoded_once(
     assert two.tiles == len(prepare(picture(20, 9), model.manifest.preprocess).pixels)
 
 
+@pytest.mark.parametrize(("together", "calls"), [(1, 5), (2, 3), (4, 2), (5, 1), (9, 1)])
 def test_tiles_go_in_calls_of_a_few_and_in_order(
-    fp32: Path, monkeypatch: pytest.MonkeyPatch
+    model: Model, monkeypatch: pytest.MonkeyPatch, together: int, calls: int
 ) -> None:
-    monkeypatch.setattr(pictures_module, "TILES_PER_CALL", 4)
-    model = open_model(fp32, threads=1)
+    monkeypatch.setattr(pictures_module, "TILES_PER_CALL", together)
     tiles = prepare(picture(60, 90), model.manifest.preprocess)
-    assert len(tiles.pixels) == 5 > pictures_module.TILES_PER_CALL
+    assert len(tiles.pixels) == 5
     checks: list[int] = []
     got, fresh = encode_picture(
         model.engine, tiles, PictureCache(), lambda: checks.append(len(checks))
     )
     assert fresh
-    assert len(checks) == 2
+    assert len(checks) == calls
     # One tile at a time is another order of float32 sums, nothing more.
     wanted = np.concatenate([model.engine.encode(tile[None])[0] for tile in tiles.pixels])
     np.testing.assert_allclose(got.tokens, wanted, rtol=1e-4, atol=1e-5)
     assert (got.rows, got.cols) == (tiles.rows, tiles.cols)
 
 
-def test_a_failed_picture_is_not_kept(fp32: Path) -> None:
+def test_a_failed_picture_is_not_kept(fp32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures_module, "TILES_PER_CALL", 4)
     engine = FakeEngine(lambda _: 0)
     model = fake_model(fp32, engine)
     tiles = prepare(picture(60, 60), model.manifest.preprocess)

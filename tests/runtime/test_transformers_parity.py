@@ -197,7 +197,7 @@ RECIPES = [
     (Recipe(split=False), {"do_image_splitting": False}),
     (Recipe(longest_edge=192), {"size": {"longest_edge": 192}}),
     # One tile of 64 pixels: what is left of two of them and a thumbnail.
-    (Recipe(max_tiles=4), {"size": {"longest_edge": 64}}),
+    pytest.param(Recipe(max_tiles=4), {"size": {"longest_edge": 64}}, marks=pytest.mark.slow),
 ]
 
 

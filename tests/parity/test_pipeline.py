@@ -1,0 +1,348 @@
+"""export(): the same bytes every time, nothing that does not agree, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from lorgnette.errors import ConfigError, LorgnetteError, VerifyError
+from lorgnette.export import reference as reference_module
+from lorgnette.export.check import GREEDY_TOKENS, LOGIT_STEPS, golden_picture, make_golden
+from lorgnette.export.checkpoint import open_checkpoint
+from lorgnette.export.pipeline import export, read_parts
+from lorgnette.export.reference import Reference, stream_module
+from lorgnette.export.trace import build_module
+from lorgnette.quantize.plan import PLANS, find_plan
+from lorgnette.recipe import Recipe
+from lorgnette.runtime.golden import read_golden
+from lorgnette.runtime.preprocess import prepare
+from lorgnette.targets.onnx import operators
+
+CHECKPOINT = Path(__file__).parents[1] / "zoo" / "checkpoints" / "smolvlm-tiny"
+
+Breakage = Callable[..., object]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+# The same bytes
+
+
+@pytest.mark.parametrize("scheme", [pytest.param("fp32", marks=pytest.mark.slow), "int4"])
+def test_the_same_inputs_give_the_same_bytes(tmp_path: Path, scheme: str) -> None:
+    other = tmp_path / "elsewhere" / CHECKPOINT.name
+    shutil.copytree(CHECKPOINT, other)
+    first, second = tmp_path / "first.lorg", tmp_path / "deep" / "er" / "second.lorg"
+    export(CHECKPOINT, first, Recipe(quant=scheme))
+    export(other, second, Recipe(quant=scheme))
+    one, two = files_of(first), files_of(second)
+    assert list(one) == list(two)
+    assert [name for name in one if one[name] != two[name]] == []
+    for name, data in one.items():
+        assert str(tmp_path).encode() not in data, f"{name} names a folder of this machine"
+
+
+def test_steps_are_told_in_order(tmp_path: Path) -> None:
+    steps: list[str] = []
+    bundle, ladder = export(
+        CHECKPOINT, tmp_path / "b.lorg", Recipe(quant="int8"), progress=steps.append
+    )
+    assert steps == [
+        "read checkpoint",
+        "lower vision_encoder",
+        "lower token_embedding",
+        "lower decoder",
+        "reference, original weights",
+        "reference, rounded weights",
+        "write manifest",
+        "verify",
+    ]
+    assert ladder.passed
+    assert bundle.path == tmp_path / "b.lorg"
+
+
+# What does not agree
+
+
+def gelu(builder: operators.GraphBuilder, node: torch.fx.Node, known: operators.Known) -> object:
+    """Another activation of nearly the same shape."""
+    value = operators._value(builder, known, node.args[0])
+    return builder.node("Gelu", [value], {"approximate": "none"})[0]
+
+
+def linear_without_bias(
+    builder: operators.GraphBuilder, node: torch.fx.Node, known: operators.Known
+) -> object:
+    bare = SimpleNamespace(args=node.args[:2], meta=node.meta, name=node.name)
+    return operators.linear(builder, bare, known)  # type: ignore[arg-type]
+
+
+def other_epsilon(
+    builder: operators.GraphBuilder, node: torch.fx.Node, known: operators.Known
+) -> object:
+    values = [operators._value(builder, known, argument) for argument in node.args[::2][:2]]
+    attributes = {"axis": -1, "epsilon": 1e-2, "stash_type": 1}
+    return builder.node("SimplifiedLayerNormalization", values, attributes)[0]
+
+
+def attention_without_rotation(
+    builder: operators.GraphBuilder, node: torch.fx.Node, known: operators.Known
+) -> object:
+    outputs = operators.cached_attention(builder, node, known)
+    made = outputs[0].producer()
+    assert made is not None
+    made.attributes["do_rotary"] = operators.ir.AttrInt64("do_rotary", 0)
+    for place in (7, 8):
+        made.replace_input_with(place, None)
+    return outputs
+
+
+BREAKAGES: dict[str, tuple[str, Breakage, str]] = {
+    "silu": ("aten.silu.default", gelu, "logits"),
+    "gelu": ("aten.gelu.default", gelu, "image_tokens"),
+    "bias": ("aten.linear.default", linear_without_bias, "image_tokens"),
+    "epsilon": ("aten.rms_norm.default", other_epsilon, "logits"),
+    "rotation": (
+        "lorgnette.cached_attention.default",
+        attention_without_rotation,
+        "logits",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "breakage",
+    [
+        "silu",
+        "bias",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("gelu", "epsilon", "rotation")),
+    ],
+)
+def test_a_lowering_that_is_wrong_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breakage: str
+) -> None:
+    operator, broken, rung = BREAKAGES[breakage]
+    monkeypatch.setitem(operators.TRANSLATIONS, operator, broken)  # type: ignore[arg-type]
+    with pytest.raises(VerifyError, match=f"rung '{rung}' failed") as caught:
+        export(CHECKPOINT, tmp_path / "b.lorg", Recipe())
+    assert caught.value.exit_code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_is_not_replaced_by_one_that_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "b.lorg"
+    export(CHECKPOINT, out, Recipe())
+    before = files_of(out)
+    with pytest.raises(LorgnetteError, match="exists already"):
+        export(CHECKPOINT, out, Recipe())
+    monkeypatch.setitem(operators.TRANSLATIONS, "aten.linear.default", linear_without_bias)  # type: ignore[arg-type]
+    with pytest.raises(VerifyError):
+        export(CHECKPOINT, out, Recipe(quant="int8"), replace=True)
+    assert files_of(out) == before
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_an_operator_without_translation_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(operators.TRANSLATIONS, "aten.silu.default")
+    with pytest.raises(ConfigError, match=r"operator 'aten.silu.default' has no translation"):
+        export(CHECKPOINT, tmp_path / "b.lorg", Recipe())
+    assert list(tmp_path.iterdir()) == []
+
+
+# Recipes
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (Recipe(quant="int3"), "unknown scheme"),
+        (Recipe(target="abacus"), "unknown target"),
+        (Recipe(context_length=1), "context length is out of range"),
+        (Recipe(context_length=1025), "context length is out of range: got 1025, wanted 2 to 1024"),
+        (Recipe(context_length=64), r"too small for a picture .*: got 64, wanted \d+ or more"),
+        (Recipe(longest_edge=63), "longest_edge is out of range"),
+        (Recipe(longest_edge=4097), "longest_edge is out of range"),
+        (Recipe(max_tiles=0), "cannot limit the tiles"),
+        (Recipe(max_tiles=5, longest_edge=128), "say the same thing"),
+    ],
+)
+def test_recipes_that_cannot_be_are_refused_first(
+    tmp_path: Path, recipe: Recipe, message: str
+) -> None:
+    steps: list[str] = []
+    with pytest.raises(LorgnetteError, match=message):
+        export(CHECKPOINT, tmp_path / "b.lorg", recipe, progress=steps.append)
+    assert steps == ["read checkpoint"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_least_context_is_enough(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        export(CHECKPOINT, tmp_path / "b.lorg", Recipe(context_length=2))
+    least = int(str(caught.value.wanted).split()[0])
+    with pytest.raises(ConfigError):
+        export(CHECKPOINT, tmp_path / "b.lorg", Recipe(context_length=least - 1))
+    bundle, _ = export(CHECKPOINT, tmp_path / "b.lorg", Recipe(context_length=least))
+    assert bundle.manifest.context_length == least
+
+
+@pytest.mark.parametrize(
+    ("recipe", "edge", "split"),
+    [
+        (Recipe(), 128, True),
+        (Recipe(max_tiles=1), 64, True),
+        (Recipe(max_tiles=4), 64, True),
+        (Recipe(max_tiles=5), 128, True),
+        (Recipe(max_tiles=99), 128, True),
+        (Recipe(longest_edge=64), 64, True),
+        (Recipe(longest_edge=4096), 4096, True),
+        (Recipe(split=False), 128, False),
+        (Recipe(split=True), 128, True),
+    ],
+)
+def test_recipes_choose_the_size(recipe: Recipe, edge: int, split: bool) -> None:
+    preprocess = read_parts(open_checkpoint(CHECKPOINT), recipe).preprocess
+    assert (preprocess.longest_edge, preprocess.split) == (edge, split)
+    if recipe.max_tiles is not None:
+        square = np.zeros((200, 200, 3), np.uint8)
+        assert len(prepare(square, preprocess).pixels) <= recipe.max_tiles
+
+
+# The reference
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the modules that are read layer by layer."""
+    streamed: list[str] = []
+    real = stream_module
+
+    def watched(module: torch.nn.Module, *rest: object) -> None:
+        streamed.append(type(module).__name__)
+        real(module, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(reference_module, "stream_module", watched)
+    return streamed
+
+
+@pytest.mark.parametrize("scheme", [None, "int4"])
+def test_reading_layer_by_layer_gives_the_same_numbers(
+    monkeypatch: pytest.MonkeyPatch, reads: list[str], scheme: str | None
+) -> None:
+    parts = read_parts(open_checkpoint(CHECKPOINT), Recipe())
+    components = {component.name: component for component in parts.components}
+    plan = None if scheme is None else find_plan(scheme)
+    tiles = prepare(golden_picture(), parts.preprocess).pixels
+    ids = [1, 40, 80, 120]
+
+    def numbers() -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
+        reference = Reference(components, parts.sources, plan)
+        embeddings = reference.embed(ids)
+        logits, answer = reference.generate(embeddings, 3, ())
+        return reference.encode(tiles), embeddings, logits, answer
+
+    resident = numbers()
+    assert reads == []
+    monkeypatch.setattr(reference_module, "RESIDENT_BYTES", 0)
+    streamed = numbers()
+    assert len(reads) == 3
+    for one, two in zip(resident[:3], streamed[:3], strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert resident[3] == streamed[3]
+
+
+def test_a_streamed_module_holds_nothing_between_runs() -> None:
+    parts = read_parts(open_checkpoint(CHECKPOINT), Recipe())
+    component = parts.components[1]
+    module = build_module(component)
+    stream_module(module, parts.sources[component.name])
+    for _ in range(2):
+        assert all(value.is_meta for value in module.state_dict().values())
+        with torch.no_grad():
+            assert not module(torch.tensor([[1, 2]])).is_meta
+    assert all(value.is_meta for value in module.state_dict().values())
+
+
+def test_a_plan_changes_only_what_it_rounds() -> None:
+    parts = read_parts(open_checkpoint(CHECKPOINT), Recipe())
+    components = {component.name: component for component in parts.components}
+    ids = [5, 6, 7]
+    plain = Reference(components, parts.sources).embed(ids)
+    same = Reference(components, parts.sources, PLANS["fp32"]).embed(ids)
+    half = Reference(components, parts.sources, PLANS["fp16"]).embed(ids)
+    int4 = Reference(components, parts.sources, PLANS["int4"]).embed(ids)
+    np.testing.assert_array_equal(plain, same)
+    # The checkpoint is stored in float16, so this rounding changes nothing.
+    np.testing.assert_array_equal(plain, half)
+    assert 0.01 < np.abs(int4 - plain).max() / np.abs(plain).max() < 0.2
+    # Sixteen codes a group, and one scale.
+    for row in int4.reshape(-1, 32):
+        assert len(np.unique(row)) <= 16
+
+
+def test_forced_tokens_are_followed_and_greedy_ones_are_their_own_continuation() -> None:
+    parts = read_parts(open_checkpoint(CHECKPOINT), Recipe())
+    components = {component.name: component for component in parts.components}
+    reference = Reference(components, parts.sources)
+    embeddings = reference.embed([1, 40, 80, 120])
+    logits, greedy = reference.generate(embeddings, 5, ())
+    assert greedy == [int(row.argmax()) for row in logits]
+    again, followed = reference.generate(embeddings, 5, (), forced=greedy)
+    np.testing.assert_array_equal(logits, again)
+    assert followed == greedy
+    other, followed = reference.generate(embeddings, 3, (greedy[0],), forced=[9, greedy[0], 9])
+    assert followed == [9, greedy[0], 9]
+    np.testing.assert_allclose(other[0], logits[0], atol=1e-4)
+    assert np.abs(other[1] - logits[1]).max() > 1e-3
+    # Every step is what the whole context gives at once.
+    whole = np.concatenate([embeddings, reference.embed([9, greedy[0]])])
+    np.testing.assert_allclose(reference.generate(whole, 1, ())[0][0], other[2], atol=1e-4)
+    # A stop token ends a greedy answer and is part of it.
+    stopped, short = reference.generate(embeddings, 5, (greedy[1],))
+    assert short == greedy[: greedy.index(greedy[1]) + 1]
+    assert len(stopped) == len(short)
+
+
+# Golden data
+
+
+def test_golden_data_is_small_and_of_the_original(tmp_path: Path) -> None:
+    parts = read_parts(open_checkpoint(CHECKPOINT), Recipe())
+    plain = make_golden(parts, PLANS["fp32"], lambda step: None)
+    rounded = make_golden(parts, PLANS["int4"], lambda step: None)
+    greedy = plain.text.original_greedy_ids
+    assert rounded.text.original_greedy_ids == greedy
+    assert 1 <= len(greedy) <= GREEDY_TOKENS
+    assert len(plain.logits) == len(rounded.logits) == min(len(greedy), LOGIT_STEPS)
+    assert [int(row.argmax()) for row in plain.logits] == list(greedy[: len(plain.logits)])
+    assert plain.text.rounding_logits == plain.text.rounding_image_tokens == 0
+    assert 0 < rounded.text.rounding_logits < 1
+    np.testing.assert_array_equal(plain.picture, golden_picture())
+
+
+def test_golden_pictures_take_the_tiling_path(tmp_path: Path) -> None:
+    bundle, _ = export(CHECKPOINT, tmp_path / "b.lorg", Recipe(quant="fp16"))
+    golden = read_golden(bundle)
+    assert golden.text.rows * golden.text.cols > 1
+    assert len(golden.image_tokens) == golden.text.rows * golden.text.cols + 1
+    size = sum(path.stat().st_size for path in (bundle.path / "golden").iterdir())
+    assert size < 200_000
+    manifest = json.loads((bundle.path / "manifest.json").read_text())
+    assert manifest["golden"]["bounds"]["greedy_ids_equal"] is False
