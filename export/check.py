@@ -84,7 +84,7 @@ def bounds_for(plan: QuantPlan) -> Bounds:
     rounded = any(scheme.int8_activations for _, scheme in plan.rules)
     return Bounds(
         image_tokens=5e-5,
-        logits=0.1 if rounded else 5e-5,
+        logits=0.25 if rounded else 5e-5,
         greedy_ids_equal=plan.name == "fp32",
     )
 
