@@ -92,7 +92,7 @@ def bounds_for(plan: QuantPlan) -> Bounds:
     """
     return Bounds(
         image_tokens=FLOAT_BOUND,
-        logits=0.1 if rounds_activations(plan) else FLOAT_BOUND,
+        logits=0.25 if rounds_activations(plan) else FLOAT_BOUND,
         greedy_ids_equal=plan.name == "fp32",
     )
 

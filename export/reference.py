@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lorgnette.export.component import Component
 from lorgnette.export.trace import build_module
 from lorgnette.export.weights import WeightSource, load_module
-from lorgnette.quantize.methods import rtn
 from lorgnette.quantize.plan import QuantPlan
 
 RESIDENT_BYTES = 3 * 2**30
@@ -43,7 +42,7 @@ class QuantizedSource(WeightSource):
         if scheme.bits == 16:
             return value.to(torch.float16).to(torch.float32)
         if scheme.is_integer:
-            return torch.from_numpy(rtn.quantize(value.numpy(), scheme).dequantize())
+            return torch.from_numpy(self._plan.quantize(value.numpy(), scheme).dequantize())
         return value
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lorgnette.errors import ConfigError
-from lorgnette.quantize.scheme import FLOAT16, FLOAT32, QuantScheme
+from lorgnette.quantize.methods import load_method
+from lorgnette.quantize.scheme import FLOAT16, FLOAT32, QuantScheme, QuantTensor
 
 GROUP = 32
 
@@ -26,11 +30,17 @@ class QuantPlan:
     name: str
     summary: str
     rules: tuple[tuple[str, QuantScheme], ...]
+    method: str = "rtn"
+    """The file in `methods/` that computes integer codes."""
 
     def scheme_for(self, component: str, parameter: str) -> QuantScheme:
         """The scheme of a matrix."""
         key = f"{component}/{parameter}"
         return next(scheme for pattern, scheme in self.rules if fnmatchcase(key, pattern))
+
+    def quantize(self, weight: NDArray[np.float32], scheme: QuantScheme) -> QuantTensor:
+        """Codes and scales of a float32 matrix `[rows, columns]`."""
+        return load_method(self.method).quantize(weight, scheme)
 
 
 PLANS: dict[str, QuantPlan] = {

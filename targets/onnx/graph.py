@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from lorgnette.errors import ConfigError
 from lorgnette.export.component import Component, TensorSpec
 from lorgnette.export.weights import WeightSource
-from lorgnette.quantize.methods import rtn
 from lorgnette.quantize.plan import QuantPlan
 from lorgnette.quantize.scheme import QuantScheme, QuantTensor
 from lorgnette.targets.onnx.weight_file import WeightFile
@@ -145,7 +144,7 @@ class GraphBuilder:
 
         def quantized() -> QuantTensor:
             if not made:
-                made.append(rtn.quantize(self._source.array(parameter), scheme))
+                made.append(self._plan.quantize(self._source.array(parameter), scheme))
             return made[0]
 
         form = f"int{scheme.bits}g{scheme.group_size}"

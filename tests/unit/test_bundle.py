@@ -1,17 +1,12 @@
-"""Bundles: what a reader refuses, and that writing is all or nothing."""
+"""Bundles: what a reader refuses."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -19,116 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorgnette import bundle as bundle_module
-from lorgnette.bundle import (
-    Bundle,
-    list_files,
-    open_bundle,
-    safe_relative,
-    write_manifest,
-    writing,
-)
-from lorgnette.errors import EXIT_WRONG_INPUT, BundleError, LorgnetteError
+from lorgnette.bundle import open_bundle, safe_relative, writing
+from lorgnette.errors import EXIT_WRONG_INPUT, BundleError
 from lorgnette.manifest import Manifest, decode_manifest, encode_manifest
-
-ROOT = Path(__file__).resolve().parents[2]
-Json = dict[str, Any]
-
-VALUES: Json = {
-    "format": {"major": 1, "minor": 0},
-    "requires": ["tiles"],
-    "producer": {"lorgnette": "1"},
-    "checkpoint": "tiny",
-    "recipe": {"quant": "int4"},
-    "spec": {
-        "family": "smolvlm",
-        "model_type": "smolvlm",
-        "vision": {
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "layers": 2,
-            "heads": 4,
-            "image_size": 32,
-            "patch_size": 8,
-            "norm_eps": 1e-6,
-        },
-        "text": {
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "layers": 3,
-            "heads": 4,
-            "kv_heads": 2,
-            "head_size": 16,
-            "vocab_size": 512,
-            "max_positions": 256,
-            "rope_theta": 1e4,
-            "norm_eps": 1e-5,
-            "tied_embeddings": False,
-        },
-        "projector_scale": 2,
-        "image_token_id": 486,
-    },
-    "engine": "onnxruntime",
-    "context_length": 256,
-    "components": [
-        {
-            "name": "decoder",
-            "entry_points": ["prefill", "decode"],
-            "graph": "graphs/decoder.onnx",
-            "inputs": [{"name": "embeddings", "dtype": "float32", "shape": [1, "T", 64]}],
-            "outputs": [],
-            "cache_inputs": [],
-            "cache_outputs": [],
-            "operators": {"ai.onnx::Add": 1},
-            "weight_bytes": {"float32": 4},
-            "kept_in_float": {},
-        }
-    ],
-    "preprocess": {
-        "kind": "tiles",
-        "tile_size": 32,
-        "longest_edge": 128,
-        "split": True,
-        "resample": "lanczos",
-        "rescale": 1 / 255,
-        "mean": [0.5, 0.5, 0.5],
-        "std": [0.5, 0.5, 0.5],
-    },
-    "prompt": {
-        "prefix": "<|im_start|>",
-        "turns": {"user": {"header": "User: ", "header_image_first": "User:", "footer": "\n"}},
-        "generation": "Assistant:",
-        "image": {
-            "image_token": "<image>",
-            "tokens_per_tile": 4,
-            "tile": "{image}",
-            "row_end": "\n",
-            "thumbnail": "{image}",
-            "single": "{image}",
-        },
-        "stop_token_ids": [511],
-    },
-    "golden": {
-        "folder": "golden",
-        "bounds": {"image_tokens": 0.1, "logits": 0.1, "greedy_ids_equal": False},
-    },
-    "files": [],
-}
-MANIFEST = msgspec.convert(VALUES, Manifest)
-
-
-def fill(folder: Path, content: bytes = b"graph") -> None:
-    (folder / "graphs").mkdir()
-    (folder / "graphs" / "decoder.onnx").write_bytes(content)
-    (folder / "graphs" / "weights.bin").write_bytes(b"\0" * 100)
-    write_manifest(folder, msgspec.structs.replace(MANIFEST, files=list_files(folder)))
+from tests.small_bundle import MANIFEST, Json, fill, make_bundle
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A good bundle."""
-    with writing(tmp_path / "tiny.lorg") as folder:
-        fill(folder)
-    return tmp_path / "tiny.lorg"
+    return make_bundle(tmp_path / "tiny.lorg")
 
 
 def edit(path: Path, change: Callable[[Json], object]) -> None:
@@ -356,167 +250,3 @@ def test_any_damage_to_a_manifest_is_told(data: st.DataObject) -> None:
         content[at] = data.draw(st.integers(0, 255))
     with contextlib.suppress(BundleError):
         assert isinstance(decode_manifest(bytes(content), "here"), Manifest)
-
-
-def test_nothing_is_left_of_a_failure(tmp_path: Path) -> None:
-    def interrupted() -> None:
-        with writing(tmp_path / "x.lorg") as folder:
-            fill(folder)
-            raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError, match="stop"):
-        interrupted()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_final_name_appears_last(tmp_path: Path) -> None:
-    with writing(tmp_path / "deep" / "x.lorg") as folder:
-        assert not (tmp_path / "deep" / "x.lorg").exists()
-        fill(folder)
-    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x.lorg"]
-
-
-@pytest.mark.parametrize("name", ["x", "x.zip", ".lorg", "x.lorg.d", "x.LORG"])
-def test_wrong_name(tmp_path: Path, name: str) -> None:
-    with pytest.raises(LorgnetteError, match=r"end in \.lorg") as caught, writing(tmp_path / name):
-        pytest.fail("entered")
-    assert caught.value.exit_code == EXIT_WRONG_INPUT
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_existing_bundle_is_kept(path: Path) -> None:
-    with pytest.raises(LorgnetteError, match=r"exists already.*--force") as caught, writing(path):
-        pytest.fail("entered")
-    assert caught.value.exit_code == EXIT_WRONG_INPUT
-    open_bundle(path).check_digests()
-
-
-def test_existing_bundle_is_replaced(path: Path) -> None:
-    with writing(path, replace=True) as folder:
-        fill(folder, b"another")
-    assert open_bundle(path).file("graphs/decoder.onnx").read_bytes() == b"another"
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
-
-
-def test_failed_replacement_keeps_the_old(path: Path) -> None:
-    with pytest.raises(RuntimeError), writing(path, replace=True):
-        raise RuntimeError
-    open_bundle(path).check_digests()
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
-
-
-def test_failed_renaming_keeps_the_old(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rename = Path.rename
-
-    def fails(self: Path, target: Path) -> Path:
-        if self.name.endswith(str(os.getpid())) and "old" not in self.name:
-            raise OSError(errno.EIO, "Input/output error")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fails)
-    with pytest.raises(LorgnetteError, match="Input/output"), writing(path, replace=True) as folder:
-        fill(folder, b"another")
-    assert open_bundle(path).file("graphs/decoder.onnx").read_bytes() == b"graph"
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize("kind", ["folder", "file", "link", "broken link"])
-def test_what_is_no_bundle_is_never_replaced(path: Path, kind: str) -> None:
-    final = path.with_name("other.lorg")
-    if kind == "folder":
-        final.mkdir()
-        (final / "thesis.txt").write_text("x")
-    elif kind == "file":
-        final.write_text("x")
-    else:
-        final.symlink_to(path if kind == "link" else path / "nowhere")
-    with pytest.raises(LorgnetteError, match="not a bundle"), writing(final, replace=True):
-        pytest.fail("entered")
-    assert os.path.lexists(final)
-    open_bundle(path).check_digests()
-
-
-CHILD = """
-import sys, time
-from lorgnette.bundle import writing
-with writing(sys.argv[1]) as folder:
-    (folder / "half").write_bytes(b"0" * 1000)
-    print(folder, flush=True)
-    time.sleep(60)
-"""
-
-
-def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
-    target = tmp_path / "x.lorg"
-    command = [sys.executable, "-c", CHILD, str(target)]
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    partial = Path(child.stdout.readline().strip())
-    assert partial.is_dir()
-    assert partial.parent == tmp_path
-    with writing(target) as folder:  # the other one is alive: its folder is left alone
-        assert partial.is_dir()
-        fill(folder)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    child.stdout.close()
-    assert partial.is_dir()
-    with writing(target, replace=True) as folder:
-        assert not partial.exists()
-        fill(folder)
-    assert [p.name for p in tmp_path.iterdir()] == ["x.lorg"]
-
-
-def test_leftovers_under_our_own_process_id_are_removed(tmp_path: Path) -> None:
-    """As in a container, where each run may have the same one."""
-    partial = tmp_path / f".x.lorg.partial-{os.getpid()}"
-    partial.mkdir()
-    (partial / "half").write_text("0")
-    with writing(tmp_path / "x.lorg") as folder:
-        assert not (folder / "half").exists()
-        fill(folder)
-    assert [p.name for p in tmp_path.iterdir()] == ["x.lorg"]
-
-
-@pytest.mark.parametrize(
-    "other", [".y.lorg.partial-999999999", ".x.lorg.partial-abc", "x.lorg.bak"]
-)
-def test_other_folders_are_left_alone(tmp_path: Path, other: str) -> None:
-    (tmp_path / other).mkdir()
-    with writing(tmp_path / "x.lorg") as folder:
-        fill(folder)
-    assert (tmp_path / other).is_dir()
-
-
-def test_brackets_in_a_name(tmp_path: Path) -> None:
-    (tmp_path / ".[ab].lorg.partial-999999999").mkdir()
-    with writing(tmp_path / "[ab].lorg") as folder:
-        fill(folder)
-    assert [p.name for p in tmp_path.iterdir()] == ["[ab].lorg"]
-
-
-def test_full_disk(tmp_path: Path) -> None:
-    def interrupted() -> None:
-        with writing(tmp_path / "x.lorg") as folder:
-            (folder / "half").write_text("0")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with pytest.raises(LorgnetteError) as caught:
-        interrupted()
-    assert caught.value.exit_code == EXIT_WRONG_INPUT
-    for part in ("cannot write the bundle", "x.lorg", "No space left", "free some space"):
-        assert part in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_parent_that_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with (
-        pytest.raises(LorgnetteError, match="cannot write the bundle"),
-        writing(tmp_path / "file" / "x.lorg"),
-    ):
-        pytest.fail("entered")
-
-
-def test_bundle_is_what_its_type_says(path: Path) -> None:
-    assert isinstance(open_bundle(str(path)), Bundle)

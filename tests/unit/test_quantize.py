@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from lorgnette.errors import EXIT_WRONG_INPUT, ConfigError
-from lorgnette.quantize.methods import rtn
+from lorgnette.quantize.methods import load_method, rtn
 from lorgnette.quantize.plan import PLANS, find_plan
 from lorgnette.quantize.reference import rtn_group
 from lorgnette.quantize.scheme import FLOAT16, FLOAT32, QuantScheme
@@ -157,3 +158,17 @@ def test_unknown_plan_lists_the_known() -> None:
     assert caught.value.exit_code == EXIT_WRONG_INPUT
     for part in ("'int3'", *PLANS):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["gptq", "../rtn", "rtn.quantize", ""])
+def test_unknown_method(name: str) -> None:
+    with pytest.raises(ConfigError, match="unknown quantisation method"):
+        load_method(name)
+
+
+def test_a_plan_uses_its_method() -> None:
+    weight = np.arange(64, dtype=np.float32).reshape(2, 32)
+    plan = PLANS["int4"]
+    assert np.array_equal(plan.quantize(weight, INT4).codes, rtn.quantize(weight, INT4).codes)
+    with pytest.raises(ConfigError, match="unknown quantisation method"):
+        dataclasses.replace(plan, method="other").quantize(weight, INT4)
