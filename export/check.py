@@ -87,8 +87,9 @@ def bounds_for(plan: QuantPlan) -> Bounds:
 
     What is left is the order of float32 sums, and, where activations are rounded to 8 bits, that
     rounding. Both weigh most where weights are random: measured on the shapes of SmolVLM-256M
-    with such, 1e-6 for image tokens, 4e-6 for logits, 0.05 for logits of rounded activations.
-    A margin of ten for the first two leaves no room for another GELU or another epsilon.
+    with such, 1e-6 for image tokens, 4e-6 for logits, 0.05 for logits of rounded activations
+    behind the prompt and more further on. What so wide a bound would let through, another
+    epsilon say, the twin without rounding shows at export.
     """
     return Bounds(
         image_tokens=FLOAT_BOUND,

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from lorgnette.runtime.model import Model, open_model
+from lorgnette.runtime.tokenizer import Tokenizer
+from tests.runtime.support import FakeEngine, fake_model
 
 CHECKPOINT = Path(__file__).parents[1] / "zoo" / "checkpoints" / "smolvlm-tiny"
 SCHEMES = ("fp32", "fp16", "int8", "int4")
@@ -46,3 +48,22 @@ def fp32(bundle_of: Callable[[str], Path]) -> Path:
 def model(fp32: Path) -> Model:
     """The float32 bundle, opened."""
     return open_model(fp32, threads=1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model: Model) -> Tokenizer:
+    """The tokenizer of every bundle here."""
+    return model.tokenizer
+
+
+@pytest.fixture(scope="session")
+def stop(model: Model) -> int:
+    """The token that ends an answer."""
+    return model.manifest.prompt.stop_token_ids[0]
+
+
+@pytest.fixture(scope="session")
+def faked(fp32: Path, stop: int) -> tuple[Model, FakeEngine]:
+    """One model for tests that set the answer themselves."""
+    engine = FakeEngine(lambda _: stop)
+    return fake_model(fp32, engine), engine

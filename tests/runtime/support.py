@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from lorgnette.runtime.chat import Chat
 from lorgnette.runtime.model import Model, open_model
+from lorgnette.runtime.prompt import Message, encode_prompt
 
 Json = dict[str, Any]
 Float = NDArray[np.float32]
@@ -155,3 +157,18 @@ def script(ids: Sequence[int], last: int) -> Callable[[list[int]], int]:
     """Answers the ids one after the other, then `last` for ever."""
     left = list(ids)
     return lambda _: left.pop(0) if left else last
+
+
+def held(chat: Chat) -> list[int]:
+    """What a fake cache holds; image tokens as they were encoded."""
+    return chat._state.held  # type: ignore[attr-defined,no-any-return]
+
+
+def prompt_ids(model: Model, *messages: Message) -> list[int]:
+    """The ids of a whole conversation."""
+    return encode_prompt(model.manifest.prompt, model.tokenizer, list(messages))
+
+
+def user(text: str) -> Message:
+    """A message without pictures."""
+    return Message("user", (text,))
