@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorgnette.errors import ConfigError
+from lorgnette.export.checkpoint import Checkpoint
 from lorgnette.export.component import Component
 from lorgnette.export.reference import Reference
 from lorgnette.export.weights import WeightSource
@@ -32,6 +33,7 @@ says first hardly depends on the question, and only further steps pass through t
 class Parts:
     """Everything that is known of a checkpoint once it is parsed."""
 
+    checkpoint: Checkpoint
     spec: ModelSpec
     preprocess: TilePreprocess
     prompt: PromptSpec
