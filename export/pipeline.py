@@ -94,7 +94,8 @@ def _write(
     tokenizer_file = folder / TOKENIZER
     tokenizer_file.parent.mkdir()
     tokenizer_file.write_bytes((parts.checkpoint.path / "tokenizer.json").read_bytes())
-    write_golden(make_golden(parts, plan, progress), folder / GOLDEN)
+    golden = make_golden(parts, plan, progress)
+    write_golden(golden, folder / GOLDEN)
     progress("write manifest")
     manifest = Manifest(
         format=Format(major=FORMAT_MAJOR, minor=FORMAT_MINOR),
@@ -111,7 +112,7 @@ def _write(
         ),
         preprocess=parts.preprocess,
         prompt=parts.prompt,
-        golden=GoldenEntry(folder=GOLDEN, bounds=bounds_for(plan)),
+        golden=GoldenEntry(folder=GOLDEN, bounds=bounds_for(plan, golden.text)),
         files=list_files(folder),
     )
     write_manifest(folder, manifest)
