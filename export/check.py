@@ -29,6 +29,10 @@ LOGIT_STEPS = 6
 says first hardly depends on the question, and only further steps pass through the KV cache."""
 
 
+FLOAT_BOUND = 5e-5
+"""Relative error that another order of float32 sums may cause."""
+
+
 @dataclass(frozen=True)
 class Parts:
     """Everything that is known of a checkpoint once it is parsed."""
@@ -75,6 +79,11 @@ def golden_prompt(parts: Parts, picture: NDArray[np.uint8], question: str = QUES
     return ids
 
 
+def rounds_activations(plan: QuantPlan) -> bool:
+    """Whether an engine may round activations under a plan."""
+    return any(scheme.int8_activations for _, scheme in plan.rules)
+
+
 def bounds_for(plan: QuantPlan, golden: GoldenText) -> Bounds:
     """How far an engine may be from the reference with the same rounded weights.
 
@@ -85,10 +94,10 @@ def bounds_for(plan: QuantPlan, golden: GoldenText) -> Bounds:
     of the logits where they are trained, up to 7 % where they are random), so the reference
     measures it, and an engine, which may group activations in another way, gets three times that.
     """
-    logits = 5e-5
-    if golden.rounding_activations:
+    logits = FLOAT_BOUND
+    if rounds_activations(plan):
         logits = 3 * golden.rounding_activations + 0.01
-    return Bounds(image_tokens=5e-5, logits=logits, greedy_ids_equal=plan.name == "fp32")
+    return Bounds(image_tokens=FLOAT_BOUND, logits=logits, greedy_ids_equal=plan.name == "fp32")
 
 
 def make_golden(

@@ -12,7 +12,15 @@ import torch
 import lorgnette
 from lorgnette.bundle import Bundle, list_files, open_bundle, write_manifest, writing
 from lorgnette.errors import CheckpointError, ConfigError
-from lorgnette.export.check import Parts, bounds_for, golden_picture, golden_prompt, make_golden
+from lorgnette.export.check import (
+    FLOAT_BOUND,
+    Parts,
+    bounds_for,
+    golden_picture,
+    golden_prompt,
+    make_golden,
+    rounds_activations,
+)
 from lorgnette.export.checkpoint import Checkpoint, open_checkpoint
 from lorgnette.export.component import Component, TensorSpec
 from lorgnette.export.families import find_family
@@ -21,6 +29,7 @@ from lorgnette.export.weights import WeightSource, check_all_used, module_shapes
 from lorgnette.manifest import (
     FORMAT_MAJOR,
     FORMAT_MINOR,
+    Bounds,
     ComponentEntry,
     Format,
     GoldenEntry,
@@ -77,10 +86,12 @@ def export(
     if problems:
         raise ConfigError(f"cannot lower to {target.name}", got="; ".join(problems))
     with writing(out, replace=replace) as folder:
-        _write(folder, parts, recipe, plan, target, progress)
+        manifest = _write(folder, parts, recipe, plan, target, progress)
         # The checkpoint is mapped into memory: it goes before the engine's copy of it comes.
         del parts
         progress("verify")
+        if rounds_activations(plan):
+            _verify_exact(folder, manifest, target).require(out)
         ladder = verify(Model(open_bundle(folder)))
         ladder.require(out)
     return open_bundle(out), ladder
@@ -88,7 +99,7 @@ def export(
 
 def _write(
     folder: Path, parts: Parts, recipe: Recipe, plan: QuantPlan, target: Target, progress: Progress
-) -> None:
+) -> Manifest:
     """Writes every file of the bundle, the manifest last."""
     lowered = _lower(parts, plan, target, folder, progress)
     tokenizer_file = folder / TOKENIZER
@@ -116,6 +127,33 @@ def _write(
         files=list_files(folder),
     )
     write_manifest(folder, manifest)
+    return manifest
+
+
+def _verify_exact(folder: Path, manifest: Manifest, target: Target) -> Ladder:
+    """Climbs the ladder with graphs that round no activations, held to the bounds of float32.
+
+    Rounded activations need a bound under which another epsilon or activation function would
+    pass. The graphs that ship differ from these in one attribute of their multiplications.
+    """
+    components, twins = [], []
+    for entry in manifest.components:
+        graph = folder / entry.graph
+        twins.append(graph.with_name(f"exact_{graph.name}"))
+        target.write_exact(graph, twins[-1])
+        name = twins[-1].relative_to(folder).as_posix()
+        components.append(msgspec.structs.replace(entry, graph=name))
+    bounds = Bounds(image_tokens=FLOAT_BOUND, logits=FLOAT_BOUND, greedy_ids_equal=False)
+    exact = msgspec.structs.replace(
+        manifest,
+        components=tuple(components),
+        golden=msgspec.structs.replace(manifest.golden, bounds=bounds),
+        files=list_files(folder),
+    )
+    ladder = verify(Model(Bundle(folder, exact)))
+    for twin in twins:
+        twin.unlink()
+    return ladder
 
 
 def read_parts(checkpoint: Checkpoint, recipe: Recipe) -> Parts:

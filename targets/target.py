@@ -61,3 +61,10 @@ class Target(Protocol):
 
     def open(self, folder: Path, plan: QuantPlan) -> AbstractContextManager[Lowering]:
         """Starts an export into an empty folder."""
+
+    def write_exact(self, graph: Path, out: Path) -> None:
+        """Writes a twin of a lowered graph that has the same weights and rounds no activations.
+
+        What a scheme's rounding of activations would hide, the twin shows. It is checked and then
+        thrown away; `out` lies beside the graph.
+        """

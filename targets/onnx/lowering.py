@@ -89,5 +89,15 @@ class OnnxCpu:
         with WeightFile(folder / GRAPHS / WEIGHTS) as weights:
             yield OnnxLowering(folder, plan, weights)
 
+    def write_exact(self, graph: Path, out: Path) -> None:
+        """Writes a twin of a lowered graph that has the same weights and rounds no activations."""
+        import onnx_ir as ir
+
+        model = ir.load(graph)
+        for node in model.graph:
+            if "accuracy_level" in node.attributes:
+                node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+        ir.save(model, out)
+
 
 TARGETS: tuple[Target, ...] = (OnnxCpu(),)

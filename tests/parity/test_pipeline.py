@@ -9,12 +9,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
 from lorgnette.errors import ConfigError, LorgnetteError, VerifyError
 from lorgnette.export import reference as reference_module
-from lorgnette.export.check import GREEDY_TOKENS, LOGIT_STEPS, golden_picture, make_golden
+from lorgnette.export.check import (
+    FLOAT_BOUND,
+    GREEDY_TOKENS,
+    LOGIT_STEPS,
+    golden_picture,
+    make_golden,
+)
 from lorgnette.export.checkpoint import open_checkpoint
 from lorgnette.export.pipeline import export, read_parts
 from lorgnette.export.reference import Reference, stream_module
@@ -24,6 +31,7 @@ from lorgnette.recipe import Recipe
 from lorgnette.runtime.golden import read_golden
 from lorgnette.runtime.preprocess import prepare
 from lorgnette.targets.onnx import operators
+from lorgnette.targets.onnx.graph import GraphBuilder
 
 CHECKPOINT = Path(__file__).parents[1] / "zoo" / "checkpoints" / "smolvlm-tiny"
 
@@ -77,34 +85,32 @@ def test_steps_are_told_in_order(tmp_path: Path) -> None:
 # What does not agree
 
 
-def gelu(builder: operators.GraphBuilder, node: torch.fx.Node, known: operators.Known) -> object:
+def gelu(builder: GraphBuilder, node: torch.fx.Node, known: operators.Known) -> object:
     """Another activation of nearly the same shape."""
     value = operators._value(builder, known, node.args[0])
     return builder.node("Gelu", [value], {"approximate": "none"})[0]
 
 
 def linear_without_bias(
-    builder: operators.GraphBuilder, node: torch.fx.Node, known: operators.Known
+    builder: GraphBuilder, node: torch.fx.Node, known: operators.Known
 ) -> object:
     bare = SimpleNamespace(args=node.args[:2], meta=node.meta, name=node.name)
     return operators.linear(builder, bare, known)  # type: ignore[arg-type]
 
 
-def other_epsilon(
-    builder: operators.GraphBuilder, node: torch.fx.Node, known: operators.Known
-) -> object:
+def other_epsilon(builder: GraphBuilder, node: torch.fx.Node, known: operators.Known) -> object:
     values = [operators._value(builder, known, argument) for argument in node.args[::2][:2]]
     attributes = {"axis": -1, "epsilon": 1e-2, "stash_type": 1}
     return builder.node("SimplifiedLayerNormalization", values, attributes)[0]
 
 
 def attention_without_rotation(
-    builder: operators.GraphBuilder, node: torch.fx.Node, known: operators.Known
+    builder: GraphBuilder, node: torch.fx.Node, known: operators.Known
 ) -> object:
     outputs = operators.cached_attention(builder, node, known)
     made = outputs[0].producer()
     assert made is not None
-    made.attributes["do_rotary"] = operators.ir.AttrInt64("do_rotary", 0)
+    made.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 0)
     for place in (7, 8):
         made.replace_input_with(place, None)
     return outputs
@@ -135,11 +141,34 @@ def test_a_lowering_that_is_wrong_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breakage: str
 ) -> None:
     operator, broken, rung = BREAKAGES[breakage]
-    monkeypatch.setitem(operators.TRANSLATIONS, operator, broken)  # type: ignore[arg-type]
+    monkeypatch.setitem(operators.TRANSLATIONS, operator, broken)
     with pytest.raises(VerifyError, match=f"rung '{rung}' failed") as caught:
         export(CHECKPOINT, tmp_path / "b.lorg", Recipe())
     assert caught.value.exit_code == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("breakage", ["epsilon", pytest.param("silu", marks=pytest.mark.slow)])
+def test_rounded_activations_hide_no_wrong_lowering(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breakage: str
+) -> None:
+    """Both are within what int4's bound allows: only the twin without rounding can tell."""
+    operator, broken, rung = BREAKAGES[breakage]
+    monkeypatch.setitem(operators.TRANSLATIONS, operator, broken)
+    with pytest.raises(VerifyError, match=f"rung '{rung}' failed"):
+        export(CHECKPOINT, tmp_path / "b.lorg", Recipe(quant="int4"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_twin_is_not_shipped(tmp_path: Path) -> None:
+    bundle, ladder = export(CHECKPOINT, tmp_path / "b.lorg", Recipe(quant="int4"))
+    graphs = sorted(path.name for path in (bundle.path / "graphs").iterdir())
+    assert graphs == ["decoder.onnx", "token_embedding.onnx", "vision_encoder.onnx", "weights.bin"]
+    assert set(files_of(bundle.path)) == {f.path for f in bundle.manifest.files} | {"manifest.json"}
+    # What ships does round: its own error is far above that of float32.
+    assert ladder.rungs[3].error is not None
+    assert ladder.rungs[3].error > FLOAT_BOUND
+    assert bundle.manifest.golden.bounds.logits > FLOAT_BOUND
 
 
 def test_a_bundle_is_not_replaced_by_one_that_is_wrong(
@@ -150,7 +179,7 @@ def test_a_bundle_is_not_replaced_by_one_that_is_wrong(
     before = files_of(out)
     with pytest.raises(LorgnetteError, match="exists already"):
         export(CHECKPOINT, out, Recipe())
-    monkeypatch.setitem(operators.TRANSLATIONS, "aten.linear.default", linear_without_bias)  # type: ignore[arg-type]
+    monkeypatch.setitem(operators.TRANSLATIONS, "aten.linear.default", linear_without_bias)
     with pytest.raises(VerifyError):
         export(CHECKPOINT, out, Recipe(quant="int8"), replace=True)
     assert files_of(out) == before

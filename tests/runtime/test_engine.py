@@ -157,10 +157,6 @@ def component(manifest: Json, name: str) -> Json:
     return found
 
 
-def in_both(manifest: Json, name: str, change: Callable[[Json], None]) -> None:
-    change(component(manifest, name))
-
-
 LIES: dict[str, Callable[[Json], None]] = {
     "tile edge": lambda m: component(m, "vision_encoder")["inputs"][0].update(
         shape=["G", 3, 32, 32]
@@ -246,16 +242,18 @@ def beyond_weights(graph: onnx.ModelProto) -> None:
                 entry.value = str(1 << 40)
 
 
+def garbage(bundle: Path) -> None:
+    (bundle / "graphs/decoder.onnx").write_bytes(b"\x00garbage")
+
+
+def empty(bundle: Path) -> None:
+    (bundle / "graphs/vision_encoder.onnx").write_bytes(b"")
+
+
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "swapped": (swap_graphs, "graph is not what the manifest says"),
-    "garbage": (
-        lambda bundle: [(bundle / "graphs/decoder.onnx").write_bytes(b"\x00garbage"), None][1],
-        "refuses the graph",
-    ),
-    "empty": (
-        lambda bundle: [(bundle / "graphs/vision_encoder.onnx").write_bytes(b""), None][1],
-        "refuses the graph",
-    ),
+    "garbage": (garbage, "refuses the graph"),
+    "empty": (empty, "refuses the graph"),
     "operator": (lambda bundle: edit_graph(bundle, "decoder", unknown_operator), "refuses"),
     "outside": (lambda bundle: edit_graph(bundle, "decoder", outside_weights), "refuses"),
     "beyond": (lambda bundle: edit_graph(bundle, "decoder", beyond_weights), "refuses"),

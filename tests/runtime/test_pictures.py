@@ -13,7 +13,13 @@ from PIL import Image
 from lorgnette.runtime import pictures as pictures_module
 from lorgnette.runtime.engines.engine import Float
 from lorgnette.runtime.model import Model
-from lorgnette.runtime.pictures import EncodedPicture, PictureCache, content_key, encode_picture
+from lorgnette.runtime.pictures import (
+    EncodedPicture,
+    PictureCache,
+    PictureSource,
+    content_key,
+    encode_picture,
+)
 from lorgnette.runtime.preprocess import Tiles, prepare
 from tests.runtime.support import FakeEngine, fake_model, picture
 
@@ -47,7 +53,7 @@ def test_a_picture_is_the_same_in_every_form(
     first = model.generate(pixels, "x").result()
     assert first.tiles > 1
     calls = len(engine.tiles)
-    forms = [
+    forms: list[PictureSource] = [
         pixels.copy(),
         np.asfortranarray(pixels),
         Image.fromarray(pixels),
