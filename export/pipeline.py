@@ -80,44 +80,54 @@ def export(
     """
     progress("read checkpoint")
     plan, target = find_plan(recipe.quant), find_target(recipe.target)
-    checkpoint = open_checkpoint(checkpoint_path)
-    parts = read_parts(checkpoint, recipe)
+    parts = read_parts(open_checkpoint(checkpoint_path), recipe)
     golden_prompt(parts, golden_picture())  # refuses a context that is too small
     problems = target.check(parts.spec, plan)
     if problems:
         raise ConfigError(f"cannot lower to {target.name}", got="; ".join(problems))
     with writing(out, replace=replace) as folder:
-        lowered = _lower(parts, plan, target, folder, progress)
-        tokenizer_file = folder / TOKENIZER
-        tokenizer_file.parent.mkdir()
-        tokenizer_file.write_bytes((checkpoint.path / "tokenizer.json").read_bytes())
-        write_golden(make_golden(parts, plan, progress), folder / GOLDEN)
-        progress("write manifest")
-        manifest = Manifest(
-            format=Format(major=FORMAT_MAJOR, minor=FORMAT_MINOR),
-            requires=("tiles",),
-            producer=_producer(),
-            checkpoint=checkpoint.path.resolve().name,
-            recipe=recipe,
-            spec=parts.spec,
-            engine=target.capabilities.engine,
-            context_length=parts.context_length,
-            components=tuple(
-                _entry(component, result)
-                for component, result in zip(parts.components, lowered, strict=True)
-            ),
-            preprocess=parts.preprocess,
-            prompt=parts.prompt,
-            golden=GoldenEntry(folder=GOLDEN, bounds=bounds_for(plan)),
-            files=list_files(folder),
-        )
-        write_manifest(folder, manifest)
+        manifest = _write(folder, parts, recipe, plan, target, progress)
+        # The checkpoint is mapped into memory: it goes before the engine's copy of it comes.
+        del parts
         progress("verify")
         if rounds_activations(plan):
             _verify_exact(folder, manifest, target).require(out)
         ladder = verify(Model(open_bundle(folder)))
         ladder.require(out)
     return open_bundle(out), ladder
+
+
+def _write(
+    folder: Path, parts: Parts, recipe: Recipe, plan: QuantPlan, target: Target, progress: Progress
+) -> Manifest:
+    """Writes every file of the bundle, the manifest last."""
+    lowered = _lower(parts, plan, target, folder, progress)
+    tokenizer_file = folder / TOKENIZER
+    tokenizer_file.parent.mkdir()
+    tokenizer_file.write_bytes((parts.checkpoint.path / "tokenizer.json").read_bytes())
+    golden = make_golden(parts, plan, progress)
+    write_golden(golden, folder / GOLDEN)
+    progress("write manifest")
+    manifest = Manifest(
+        format=Format(major=FORMAT_MAJOR, minor=FORMAT_MINOR),
+        requires=("tiles",),
+        producer=_producer(),
+        checkpoint=parts.checkpoint.path.resolve().name,
+        recipe=recipe,
+        spec=parts.spec,
+        engine=target.capabilities.engine,
+        context_length=parts.context_length,
+        components=tuple(
+            _entry(component, result)
+            for component, result in zip(parts.components, lowered, strict=True)
+        ),
+        preprocess=parts.preprocess,
+        prompt=parts.prompt,
+        golden=GoldenEntry(folder=GOLDEN, bounds=bounds_for(plan, golden.text)),
+        files=list_files(folder),
+    )
+    write_manifest(folder, manifest)
+    return manifest
 
 
 def _verify_exact(folder: Path, manifest: Manifest, target: Target) -> Ladder:
@@ -167,7 +177,9 @@ def read_parts(checkpoint: Checkpoint, recipe: Recipe) -> Parts:
         for component in components
     }
     check_all_used(checkpoint, list(sources.values()), family.IGNORED_TENSORS)
-    return Parts(spec, preprocess, prompt, tokenizer, context_length, components, sources)
+    return Parts(
+        checkpoint, spec, preprocess, prompt, tokenizer, context_length, components, sources
+    )
 
 
 def _choose_size(published: TilePreprocess, recipe: Recipe) -> TilePreprocess:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lorgnette.export.component import Component
 from lorgnette.export.trace import build_module
@@ -126,6 +127,23 @@ class Reference:
                 return np.stack(rows), ids
             fed = torch.from_numpy(self.embed(ids[-1:])[None])
 
+    def round_activations(self) -> bool:
+        """Makes the decoder round the inputs of its matrices to 8 bits from now on.
+
+        As onnxruntime's MatMulNBits does at accuracy level 4: per position, in the groups of the
+        weight. Returns whether the plan has any such matrix.
+        """
+        if self._plan is None:
+            return False
+        rounded = False
+        for name, layer in self._module("decoder").named_modules():
+            if isinstance(layer, nn.Linear):
+                scheme = self._plan.scheme_for("decoder", f"{name}.weight")
+                if scheme.int8_activations:
+                    layer.register_forward_pre_hook(_rounding(scheme.group_size))
+                    rounded = True
+        return rounded
+
     def _module(self, name: str) -> nn.Module:
         if name not in self._modules:
             module = build_module(self._components[name])
@@ -139,6 +157,20 @@ class Reference:
                 stream_module(module, source)
             self._modules[name] = module
         return self._modules[name]
+
+
+def _rounding(group_size: int) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
+    """A hook that rounds a layer's input to 8 bits, symmetric, in groups of its last axis."""
+
+    def hook(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        width = inputs[0].shape[-1]
+        padded = functional.pad(inputs[0], (0, -width % group_size))
+        grouped = padded.reshape(*padded.shape[:-1], -1, group_size)
+        scale = grouped.abs().amax(-1, keepdim=True) / 127
+        rounded = torch.where(scale > 0, (grouped / scale).round() * scale, grouped)
+        return (rounded.flatten(-2)[..., :width],)
+
+    return hook
 
 
 def stream_module(module: nn.Module, source: WeightSource) -> None:

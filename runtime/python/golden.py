@@ -35,6 +35,9 @@ class GoldenText(Frozen, frozen=True):
     """What the scheme's rounding of weights costs: relative error of the image tokens."""
     rounding_logits: float
     """The same of the logits."""
+    rounding_activations: float
+    """What rounding activations to 8 bits costs the logits besides, as the reference emulates it;
+    0 where the scheme rounds none."""
 
 
 @dataclass(frozen=True, eq=False)
