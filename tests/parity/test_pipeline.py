@@ -75,6 +75,7 @@ def test_steps_are_told_in_order(tmp_path: Path) -> None:
         "lower decoder",
         "reference, original weights",
         "reference, rounded weights",
+        "reference, rounded activations",
         "write manifest",
         "verify",
     ]
