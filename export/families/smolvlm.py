@@ -192,6 +192,8 @@ def preprocess(checkpoint: Checkpoint, spec: ModelSpec, longest_edge: int | None
             "processor_class": "names a class",
             "feature_extractor_type": "names a class",
             "video_sampling": "pictures only",
+            "video_sampling_v2": "pictures only",
+            "processor_config": "follows from the sizes",
             "image_seq_len": "follows from the sizes",
             "input_data_format": "fixed here",
             "data_format": "fixed here",
