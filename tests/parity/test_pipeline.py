@@ -76,7 +76,6 @@ def test_steps_are_told_in_order(tmp_path: Path) -> None:
         "reference, original weights",
         "reference, rounded weights",
         "reference, rounded activations",
-        "reference, rounded activations",
         "write manifest",
         "verify",
     ]
