@@ -18,8 +18,13 @@ from tests.zoo.tiles import split
 from tests.zoo.tokenizer import answer_text, prefix_text, question_text
 
 PATCH = 8
-HEADS = (len(SHAPES) + 1, len(COLOURS) + 1, len(CHARACTERS) + 1, 2)
-"""Classes of the four warm-up labels of a patch: shape, colour, character, middle of a shape."""
+SIDE = TILE // PATCH
+HEADS = (len(SHAPES) + 1, len(COLOURS) + 1, len(CHARACTERS) + 1, 2, SIDE, SIDE)
+"""Classes of the labels of a patch: shape, colour, character, middle of a shape, row, column.
+
+Row and column within the tile are asked because features that say only what is there make the
+decoder mix up sides and the order of characters.
+"""
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Batch:
     """Pictures of one grid, each followed by its packed questions.
 
     Shapes:
-        tiles: uint8 [B * G, TILE, TILE, 3]. labels: [B * G, P, 4] for the warm-up.
+        tiles: uint8 [B * G, TILE, TILE, 3]. labels: [B * G, P, 6], see `HEADS`.
         ids, positions: [B, T]. mask: float [B, 1, T, T]. targets: [B, T], -100 where no answer.
     """
 
@@ -73,16 +78,18 @@ def batches(
 
 def _content(rng: Rng, questions: int) -> Content:
     chance = rng.random()
-    if not questions and chance < 0.5:
+    if not questions and rng.random() < 0.5:
         return "page"
-    return "shapes" if chance < 0.5 else "text" if chance < 0.7 else "both"
+    if chance < 0.4:
+        return "shapes" if chance < 0.2 else "crowd"
+    return "text" if chance < 0.65 else "both"
 
 
 def _ask_all(scene: Scene, rng: Rng, most: int) -> list[Question]:
-    """Up to `most` questions, the kinds in turn from a random start; reading always first."""
+    """Up to `most` questions: reading, the other kinds in any order, then the hard ones again."""
     found: list[Question] = []
     kinds = ["read", *rng.permutation([k for k in KINDS if k != "read"])]
-    for kind in (*kinds, *kinds[1:]) if most else ():
+    for kind in (*kinds, "position", "shape", "count", "position") if most else ():
         question = ask(scene, str(kind), rng)
         if question is not None and question not in found:
             found.append(question)
@@ -95,18 +102,18 @@ def patch_labels(scene: Scene, rows: int, cols: int) -> NDArray[np.int64]:
     """What each patch of each tile shows; 0 is nothing, -100 is not asked.
 
     Shapes:
-        returns: [G, P, 4], the four of `HEADS`; characters are not asked in the thumbnail, where
-        they are too small to read.
+        returns: [G, P, 6], as `HEADS`; characters are not asked in the thumbnail, where they are
+        too small to read.
     """
     rows, cols = max(rows, 1), max(cols, 1)
-    side = TILE // PATCH
-    fine = _labels(scene, rows * side, cols * side)
-    grid = fine.reshape(rows, side, cols, side, 4).swapaxes(1, 2).reshape(-1, side * side, 4)
-    if rows * cols == 1:
-        return grid
-    small = _labels(scene, side, side).reshape(1, side * side, 4)
-    small[..., 2] = -100
-    return np.concatenate([grid, small])
+    fine = _labels(scene, rows * SIDE, cols * SIDE)
+    labels = fine.reshape(rows, SIDE, cols, SIDE, 4).swapaxes(1, 2).reshape(-1, SIDE * SIDE, 4)
+    if rows * cols > 1:
+        small = _labels(scene, SIDE, SIDE).reshape(1, SIDE * SIDE, 4)
+        small[..., 2] = -100
+        labels = np.concatenate([labels, small])
+    place = np.indices((SIDE, SIDE)).reshape(2, -1).T
+    return np.concatenate([labels, np.broadcast_to(place, (len(labels), *place.shape))], -1)
 
 
 def _labels(scene: Scene, height: int, width: int) -> NDArray[np.int64]:

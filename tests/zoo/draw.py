@@ -46,7 +46,7 @@ ASPECTS: dict[str, tuple[float, ...]] = {
 
 Box = tuple[float, float, float, float]
 Point = tuple[float, float]
-Content = Literal["shapes", "text", "both", "page"]
+Content = Literal["shapes", "crowd", "text", "both", "page"]
 Rng = np.random.Generator
 
 
@@ -119,7 +119,8 @@ def draw_scene(rng: Rng, content: Content) -> Scene:
 
     Args:
         rng: Source of every choice; equal states give equal pixels.
-        content: What the picture holds; a page is full of text, for the warm-up alone.
+        content: What the picture holds. A crowd is three or four shapes and a page is full of
+            text; both are for training alone.
     """
     aspect = str(rng.choice(list(ASPECTS), p=[0.34, 0.36, 0.30]))
     ratio = float(rng.choice(ASPECTS[aspect]))
@@ -132,21 +133,21 @@ def draw_scene(rng: Rng, content: Content) -> Scene:
     image = Image.new("RGB", (width, height), (int(background[0]), *map(int, background[1:])))
     pen = ImageDraw.Draw(image)
     items: list[Item] = []
-    if content != "shapes":
+    if content in ("text", "both", "page"):
         for _ in range(30 if content == "page" else 1):
             items += _place_text(rng, pen, (width, height), items)
     if content != "text":
-        most = {"shapes": 4, "both": 2, "page": 4}[content]
-        items += _place_shapes(rng, pen, (width, height), items, most)
+        most = 2 if content == "both" else 4
+        wanted = int(rng.integers(3 if content == "crowd" else 1, most + 1))
+        items += _place_shapes(rng, pen, (width, height), items, wanted)
     return Scene(_noisy(rng, image), tuple(items), aspect)
 
 
 def _place_shapes(
-    rng: Rng, pen: ImageDraw.ImageDraw, size: tuple[int, int], placed: list[Item], most: int
+    rng: Rng, pen: ImageDraw.ImageDraw, size: tuple[int, int], placed: list[Item], wanted: int
 ) -> list[Item]:
-    """Draw one to `most` shapes that touch neither each other nor what is `placed` already."""
+    """Draw `wanted` shapes, or fewer where room is short, that touch nothing drawn before."""
     scale = max(size) / CANVAS
-    wanted = int(rng.integers(1, most + 1))
     # A picture of one repeated shape or colour makes counting them a question with an answer
     # above one; drawn freely, that would be rare.
     shapes = [str(s) for s in rng.choice(SHAPES, int(rng.integers(1, 5)))]

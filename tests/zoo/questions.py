@@ -148,7 +148,7 @@ def _colour(scene: Scene, rng: Rng) -> tuple[str, str] | None:
 def _shape(scene: Scene, rng: Rng) -> tuple[str, str] | None:
     colours = [s.colour for s in scene.shapes]
     item = _pick(rng, [s for s in scene.shapes if colours.count(s.colour) == 1])
-    return None if item is None else (item.colour, f"A {item.shape}.")
+    return None if item is None else (item.colour, item.shape.capitalize() + ".")
 
 
 def _position(scene: Scene, rng: Rng) -> tuple[str, str] | None:
@@ -165,8 +165,8 @@ def _position(scene: Scene, rng: Rng) -> tuple[str, str] | None:
     if subject is None:
         return None
     if abs(across) > abs(down):
-        return subject, "On the left." if across < 0 else "On the right."
-    return subject, "At the top." if down < 0 else "At the bottom."
+        return subject, "Left." if across < 0 else "Right."
+    return subject, "Top." if down < 0 else "Bottom."
 
 
 def _count(scene: Scene, rng: Rng) -> tuple[str, str] | None:

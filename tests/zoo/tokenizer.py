@@ -83,7 +83,7 @@ def answer_text(answer: str) -> str:
 def _sentences() -> Iterator[str]:
     """Every phrase with every subject, each answer, and the words of the chat template.
 
-    Rendered characters are left out on purpose: they must stay one token each.
+    Rendered text is left out on purpose, so that its characters never merge with each other.
     """
     for _ in range(50):
         yield from ("User:", "Assistant:", "System:", "\n\n", "\n", "\nAssistant:")
@@ -94,11 +94,10 @@ def _sentences() -> Iterator[str]:
             for kind in ("colour", "position", "exists"):
                 yield from (phrase(kind, i, subject) for i in range(len(PHRASES[kind])))
             yield from (phrase("count", i, plural(subject)) for i in range(len(PHRASES["count"])))
-        yield f" A {noun}."
+        yield f" {noun.capitalize()}."
     for adjective in adjectives:
         yield from (phrase("shape", i, adjective) for i in range(len(PHRASES["shape"])))
         yield f" {adjective.capitalize()}."
     yield from (f" {number}" for number in NUMBERS)
     yield from PHRASES["read"]
-    yield from (" Yes.", " No.", " On the left.", " On the right.", " At the top.")
-    yield " At the bottom."
+    yield from (" Yes.", " No.", " Left.", " Right.", " Top.", " Bottom.")

@@ -29,12 +29,14 @@ from tests.zoo.tokenizer import train_tokenizer
 
 STAGES = {
     "warmup": Rates(muon=0.02, adam=3e-3),
+    "head": Rates(muon=0.0, adam=3e-3),
     "decoder": Rates(muon=0.01, adam=2e-3),
-    "together": Rates(muon=0.004, adam=1e-3, vision=0.3),
+    "together": Rates(muon=0.004, adam=1e-3, vision=0.5),
 }
 """In this order. Answers alone, at the decoder's rates, wipe out within a few hundred steps what
 the warm-up taught the vision transformer; hence frozen vision first, then slow steps, with the
-warm-up's loss kept beside the answers'.
+warm-up's loss kept beside the answers'. The head's own stage is for going on from a checkpoint,
+where the head is new and would otherwise pull the vision transformer about.
 """
 
 
@@ -45,6 +47,7 @@ class Plan:
     out: Path
     start: Path | None
     warmup: int
+    head: int
     decoder: int
     together: int
     tiles: int
@@ -69,7 +72,7 @@ def patch_loss(
         target = labels[..., i].flatten()
         weight = torch.ones(HEADS[i])
         # Nearly every patch is empty of characters and middles: keep that from drowning the rest.
-        weight[0] = 1.0 if i < 2 else 0.1
+        weight[0] = 0.1 if i in (2, 3) else 1.0
         loss = loss + F.cross_entropy(part.flatten(0, 2), target, weight, ignore_index=-100)
         right = (part.flatten(0, 2).argmax(-1) == target)[target > 0]
         scores.append(right.float().mean())
@@ -99,10 +102,10 @@ def stage_loss(
     name: str, params: Params, config: checkpoint.Config, batch: Batch
 ) -> tuple[Tensor, Tensor]:
     """The loss of a stage and the shares to log: of answers, where asked, then of patches."""
-    with torch.set_grad_enabled(name != "decoder"):
+    with torch.set_grad_enabled(name in ("warmup", "together")):
         tokens = project(params, config, encode_patches(params, config, batch.tiles))
     loss, shares = patch_loss(params, config, batch, tokens)
-    if name == "warmup":
+    if name in ("warmup", "head"):
         return loss, shares
     answers, right = answer_loss(params, config, batch, tokens)
     return answers + 0.2 * loss, torch.cat([right, shares])
@@ -121,8 +124,8 @@ def balance(params: Params, config: checkpoint.Config, batch: Batch) -> None:
 
 
 def rate_scale(step: int, steps: int) -> float:
-    """Short rise, long plateau, then a straight line to zero over the last 40 per cent."""
-    return min(1.0, (step + 1) / 30, (steps - step) / (0.4 * steps))
+    """Short rise, long plateau, then a straight line to zero over the last 60 per cent."""
+    return min(1.0, (step + 1) / 30, (steps - step) / (0.6 * steps))
 
 
 def _by_token(labels: Tensor, scale: int) -> Tensor:
@@ -146,19 +149,24 @@ def _share(params: Params) -> None:
 
 def _trained(name: str, params: Params) -> Params:
     """The parameters that a stage changes."""
-    idle = {"warmup": ("lm_head.", ".text_model."), "decoder": (".vision_model.", ".connector.")}
-    return {n: p for n, p in params.items() if not any(i in n for i in idle.get(name, ()))}
+    idle = {
+        "warmup": ("lm_head.", ".text_model."),
+        "head": ("lm_head.", "model."),
+        "decoder": (".vision_model.", ".connector."),
+        "together": (),
+    }
+    return {n: p for n, p in params.items() if not any(i in n for i in idle[name])}
 
 
 def _run_stage(plan: Plan, rank: int, params: Params, config: checkpoint.Config, name: str) -> None:
     """Train `params` through one stage; worker 0 logs and saves."""
-    steps = {"warmup": plan.warmup, "decoder": plan.decoder, "together": plan.together}[name]
+    steps: int = getattr(plan, name)
     if not steps:
         return
     trained = _trained(name, params)
     optimiser = Optimiser(trained, STAGES[name])
     seed = [TRAIN, plan.seed, 1 + list(STAGES).index(name), rank]
-    questions = 0 if name == "warmup" else plan.questions
+    questions = 0 if name in ("warmup", "head") else plan.questions
     source = batches(config, train_tokenizer(), seed, plan.tiles, questions)
     began, recent = time.monotonic(), torch.zeros(0)
     mean = {n: p.detach().clone() for n, p in params.items()}
@@ -222,9 +230,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="a checkpoint to go on from")
-    parser.add_argument("--warmup", type=int, default=1000, help="steps of the first stage")
-    parser.add_argument("--decoder", type=int, default=600, help="steps of the second stage")
-    parser.add_argument("--together", type=int, default=800, help="steps of the third stage")
+    parser.add_argument("--warmup", type=int, default=1000, help="steps of the warm-up")
+    parser.add_argument("--head", type=int, default=0, help="steps of the head alone")
+    parser.add_argument("--decoder", type=int, default=600, help="steps of the decoder alone")
+    parser.add_argument("--together", type=int, default=1200, help="steps of the last stage")
     parser.add_argument("--tiles", type=int, default=48)
     parser.add_argument("--questions", type=int, default=6)
     parser.add_argument("--workers", type=int, default=2)
