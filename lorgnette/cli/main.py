@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
@@ -40,3 +41,15 @@ def main() -> None:
         cli(prog_name="lorgnette")
     except KeyboardInterrupt:  # before or after a command, which handle it themselves
         sys.exit(EXIT_INTERRUPTED)
+    finally:
+        _give_up_stdout_if_broken()
+
+
+def _give_up_stdout_if_broken() -> None:
+    """Keeps Python from failing once more, with another exit code, on what it could not print."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)

@@ -48,9 +48,11 @@ def start(args: Sequence[object], *, before: str = "", **options: Any) -> subpro
     """
     code = f"{before}\nfrom lorgnette.cli.main import main\nmain()"
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    # Buffered output, as users have it: what cannot be printed then shows up at exit again.
+    inherited = {key: v for key, v in os.environ.items() if key != "PYTHONUNBUFFERED"}
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, args)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env={**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         stdin=options.pop("stdin", subprocess.DEVNULL),
         stdout=options.pop("stdout", subprocess.PIPE),
         stderr=options.pop("stderr", subprocess.PIPE),
