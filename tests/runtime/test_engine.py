@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from lorgnette.bundle import open_bundle
 from lorgnette.errors import BundleError
+from lorgnette.runtime.engines import onnx as engine_module
 from lorgnette.runtime.engines import open_engine
 from lorgnette.runtime.engines.engine import Float
 from lorgnette.runtime.engines.onnx import OnnxDecoderState, OnnxEngine
@@ -76,6 +77,32 @@ def test_decoding_leaves_what_was_there_bit_for_bit(model: Model) -> None:
         run(model, state, some_ids(model, 1, past), past)
     for cache, kept in zip(state._caches, before, strict=True):
         np.testing.assert_array_equal(cache[:, :, :20], kept)
+
+
+def test_a_cache_that_grows_keeps_what_it_held(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = some_ids(model, 40)
+    whole = run(model, state_of(model), ids, 0)
+    monkeypatch.setattr(engine_module, "FIRST_POSITIONS", 4)
+    state = state_of(model)
+    sizes = []
+    for past, count in ((0, 3), (3, 1), (4, 1), (5, 12), (17, 23)):
+        logits = run(model, state, ids[past : past + count], past)
+        sizes.append(state._caches[0].shape[2])
+    assert sizes == [4, 4, 8, 32, 64]
+    np.testing.assert_allclose(logits, whole, rtol=1e-4, atol=1e-5)
+    held = [cache.ctypes.data for cache in state._caches]
+    outputs = [value.data_ptr() for value in state._binding.get_outputs()]
+    assert sorted(outputs) == sorted([*held, state._logits.ctypes.data])
+
+
+def test_a_cache_never_outgrows_the_context(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "FIRST_POSITIONS", 3)
+    state = state_of(model)
+    state.capacity = 10
+    run(model, state, some_ids(model, 9), 0)
+    assert state._caches[0].shape[2] == 10
 
 
 @settings(max_examples=25, deadline=None)

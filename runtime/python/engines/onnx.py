@@ -50,6 +50,10 @@ _TYPES = {
 """What onnxruntime calls the dtypes of a manifest."""
 
 
+FIRST_POSITIONS = 512
+"""Positions that a new KV cache has room for."""
+
+
 class OnnxEngine:
     """The three graphs of a bundle as sessions.
 
@@ -85,8 +89,9 @@ class OnnxEngine:
 class OnnxDecoderState:
     """A KV cache bound as input and output alike, so that the graph writes it in place.
 
-    The buffers are zero pages until they are written: a long context costs memory only as far as
-    it is used.
+    The buffers double when they are full, up to the context length. They are not allocated whole:
+    systems with huge pages commit two megabytes where the first position of a head is written,
+    which for a long context is nearly all of it, and zeroing that delays the first token.
     """
 
     def __init__(
@@ -98,13 +103,10 @@ class OnnxDecoderState:
         self._binding = session.io_binding()
         self._past = np.zeros(1, np.int32)
         self._bind_input("past_length", self._past)
+        self._entry = entry
         self._caches: list[NDArray[np.float32]] = []
-        for source, target in zip(entry.cache_inputs, entry.cache_outputs, strict=True):
-            shape = [capacity if axis == "S" else int(axis) for axis in source.shape]
-            cache = np.zeros(shape, np.float32)
-            self._caches.append(cache)
-            self._bind_input(source.name, cache)
-            self._bind_output(target.name, cache)
+        self._allocated = 0
+        self._reserve(1, 0)
         self._logits = np.zeros((1, int(entry.outputs[0].shape[1])), np.float32)
         self._bind_output("logits", self._logits)
 
@@ -115,12 +117,31 @@ class OnnxDecoderState:
         """
         if past_length + len(embeddings) > self.capacity:
             raise ValueError(f"{past_length} + {len(embeddings)} positions in {self.capacity}")
+        self._reserve(past_length + len(embeddings), past_length)
         self._past[0] = past_length
         bound = np.ascontiguousarray(embeddings[None])
         self._bind_input("embeddings", bound)
         with _running("decoder"):
             self._session.run_with_iobinding(self._binding)
         return self._logits[0]  # type: ignore[no-any-return]
+
+    def _reserve(self, needed: int, keep: int) -> None:
+        """Makes room for `needed` positions, keeping the first `keep`."""
+        if needed <= self._allocated:
+            return
+        doubled = max(FIRST_POSITIONS, 1 << (needed - 1).bit_length())
+        self._allocated = min(doubled, self.capacity)
+        old, self._caches = self._caches, []
+        pairs = zip(self._entry.cache_inputs, self._entry.cache_outputs, strict=True)
+        for index, (source, target) in enumerate(pairs):
+            shape = [self._allocated if axis == "S" else int(axis) for axis in source.shape]
+            cache = np.zeros(shape, np.float32)
+            if old:
+                kept = old[index][:, :, :keep]
+                cache[:, :, : kept.shape[2]] = kept
+            self._caches.append(cache)
+            self._bind_input(source.name, cache)
+            self._bind_output(target.name, cache)
 
     def _bind_input(self, name: str, array: NDArray[np.generic]) -> None:
         self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
