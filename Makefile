@@ -15,7 +15,7 @@ ORT_FLOOR := .ort-floor/onnxruntime-$(FLOOR)
 DEMO := demo/smolvlm-tiny.lorg
 DEMO_CHECKPOINT := tests/zoo/checkpoints/smolvlm-tiny
 DEMO_IMAGE := tests/zoo/pictures/demo.png
-DEMO_QUESTION := What is written here?
+DEMO_QUESTION := What does the text say?
 
 # No telemetry, no network, no threads beside the ones asked for.
 export ORT_DISABLE_TELEMETRY := 1
