@@ -20,7 +20,7 @@ from lorgnette.runtime.preprocess import grid_for, prepare
 from lorgnette.runtime.prompt import ImagePart, Message, encode_prompt, image_slots
 from lorgnette.runtime.tokenizer import Tokenizer
 from lorgnette.runtime.verify import relative_error
-from lorgnette.spec import ModelSpec, PromptSpec, TilePreprocess
+from lorgnette.spec import ModelSpec, Preprocess, PromptSpec
 
 QUESTION = "What do you see?"
 GREEDY_TOKENS = 12
@@ -39,7 +39,7 @@ class Parts:
 
     checkpoint: Checkpoint
     spec: ModelSpec
-    preprocess: TilePreprocess
+    preprocess: Preprocess
     prompt: PromptSpec
     tokenizer: Tokenizer
     context_length: int

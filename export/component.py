@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lorgnette.export.checkpoint import Checkpoint
 from lorgnette.export.weights import Rule
-from lorgnette.spec import ModelSpec, PromptSpec, TilePreprocess
+from lorgnette.recipe import Recipe
+from lorgnette.spec import ModelSpec, Preprocess, PromptSpec
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,8 @@ class Family(Protocol):
     def parse(self, checkpoint: Checkpoint) -> ModelSpec:
         """Reads the numbers; refuses config keys that it does not know."""
 
-    def preprocess(
-        self, checkpoint: Checkpoint, spec: ModelSpec, longest_edge: int | None
-    ) -> TilePreprocess:
-        """Reads the preprocessor config; `longest_edge` overrides the published size."""
+    def preprocess(self, checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> Preprocess:
+        """Reads the preprocessor config and applies what the recipe says of picture sizes."""
 
     def prompt(
         self, checkpoint: Checkpoint, spec: ModelSpec, tokens: Mapping[str, int]
@@ -66,7 +65,7 @@ class Family(Protocol):
         """Compiles the chat template; `tokens` are the tokenizer's added tokens and ids."""
 
     def components(
-        self, spec: ModelSpec, preprocess: TilePreprocess, context_length: int
+        self, spec: ModelSpec, preprocess: Preprocess, context_length: int
     ) -> tuple[Component, ...]:
         """The graphs to make."""
 

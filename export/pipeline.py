@@ -35,15 +35,15 @@ from lorgnette.manifest import (
     GoldenEntry,
     Manifest,
     TensorEntry,
+    requirements,
 )
 from lorgnette.quantize.plan import QuantPlan, find_plan
 from lorgnette.recipe import Recipe
 from lorgnette.runtime.golden import write_golden
 from lorgnette.runtime.model import TOKENIZER, Model
-from lorgnette.runtime.preprocess import longest_edge_for_max_tiles
 from lorgnette.runtime.tokenizer import Tokenizer
 from lorgnette.runtime.verify import Ladder, verify
-from lorgnette.spec import ModelSpec, TilePreprocess
+from lorgnette.spec import ModelSpec
 from lorgnette.targets import find_target
 from lorgnette.targets.target import LoweredComponent, Target
 
@@ -110,7 +110,7 @@ def _write(
     progress("write manifest")
     manifest = Manifest(
         format=Format(major=FORMAT_MAJOR, minor=FORMAT_MINOR),
-        requires=("tiles",),
+        requires=requirements(parts.preprocess),
         producer=_producer(),
         checkpoint=parts.checkpoint.path.resolve().name,
         recipe=recipe,
@@ -165,7 +165,7 @@ def read_parts(checkpoint: Checkpoint, recipe: Recipe) -> Parts:
     _, family = find_family(checkpoint.config.get("model_type"))
     spec = family.parse(checkpoint)
     tokenizer = _read_tokenizer(checkpoint, spec)
-    preprocess = _choose_size(family.preprocess(checkpoint, spec, None), recipe)
+    preprocess = family.preprocess(checkpoint, spec, recipe)
     tokens = {text: tokenizer.token_id(text) for text in tokenizer.special_strings}
     prompt = family.prompt(checkpoint, spec, tokens)
     context_length = _context_length(spec, recipe)
@@ -180,26 +180,6 @@ def read_parts(checkpoint: Checkpoint, recipe: Recipe) -> Parts:
     return Parts(
         checkpoint, spec, preprocess, prompt, tokenizer, context_length, components, sources
     )
-
-
-def _choose_size(published: TilePreprocess, recipe: Recipe) -> TilePreprocess:
-    """The preprocessing with the recipe's picture size."""
-    edge = recipe.longest_edge
-    if edge is not None and recipe.max_tiles is not None:
-        raise ConfigError("longest_edge and max_tiles say the same thing", hint="give one of them")
-    if recipe.max_tiles is not None:
-        edge = longest_edge_for_max_tiles(
-            recipe.max_tiles, published.tile_size, published.longest_edge
-        )
-    edge = edge or published.longest_edge
-    if not published.tile_size <= edge <= 4096:
-        raise ConfigError(
-            "longest_edge is out of range",
-            got=edge,
-            wanted=f"{published.tile_size} to 4096 pixels",
-        )
-    split = published.split if recipe.split is None else recipe.split
-    return msgspec.structs.replace(published, longest_edge=edge, split=split)
 
 
 def _context_length(spec: ModelSpec, recipe: Recipe) -> int:

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from lorgnette.export.checkpoint import Checkpoint, open_checkpoint
-from lorgnette.export.component import Component
-from lorgnette.export.families import smolvlm
+from lorgnette.export.component import Component, Family
+from lorgnette.export.families import find_family
 from lorgnette.export.trace import build_module, trace
 from lorgnette.export.weights import WeightSource, check_all_used, load_module, module_shapes
 from lorgnette.quantize.methods import rtn
 from lorgnette.quantize.plan import PLANS, QuantPlan
+from lorgnette.recipe import Recipe
 from lorgnette.spec import ModelSpec
 
 CONTEXT = 128
@@ -64,15 +65,20 @@ class Eager:
         return open_checkpoint(self.folder)
 
     @cached_property
+    def family(self) -> Family:
+        """What reads it."""
+        return find_family(self.checkpoint.config["model_type"])[1]
+
+    @cached_property
     def spec(self) -> ModelSpec:
         """Its numbers."""
-        return smolvlm.parse(self.checkpoint)
+        return self.family.parse(self.checkpoint)
 
     @cached_property
     def components(self) -> dict[str, Component]:
         """By name."""
-        preprocess = smolvlm.preprocess(self.checkpoint, self.spec, None)
-        found = smolvlm.components(self.spec, preprocess, self.context)
+        preprocess = self.family.preprocess(self.checkpoint, self.spec, Recipe())
+        found = self.family.components(self.spec, preprocess, self.context)
         return {component.name: component for component in found}
 
     @cached_property
@@ -83,7 +89,7 @@ class Eager:
             shapes = module_shapes(build_module(component))
             made[name] = StoredSource(self.checkpoint, shapes, component.rules)
             made[name].component, made[name].plan = name, self.plan
-        check_all_used(self.checkpoint, made.values(), smolvlm.IGNORED_TENSORS)
+        check_all_used(self.checkpoint, made.values(), self.family.IGNORED_TENSORS)
         return made
 
     @cached_property

@@ -6,6 +6,7 @@ Source: Marafioti et al. 2025, arXiv:2504.05299; transformers 5.23 `idefics3` an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 
@@ -20,10 +21,14 @@ from lorgnette.export.layers.decoder import LlamaDecoder
 from lorgnette.export.layers.projectors import PixelShuffleProjector
 from lorgnette.export.layers.rope import rope_tables
 from lorgnette.export.layers.vision import SiglipTower
+from lorgnette.export.picture_size import choose_tiling
 from lorgnette.export.weights import Computed, Flatten, Rule, Stack
+from lorgnette.recipe import Recipe
 from lorgnette.spec import (
     ImageTemplate,
     ModelSpec,
+    Preprocess,
+    ProjectorSpec,
     PromptSpec,
     TextSpec,
     TilePreprocess,
@@ -41,6 +46,7 @@ IGNORED_TENSORS: Mapping[str, str] = {
 VISION_TYPES = ("idefics3", "idefics3_vision", "smolvlm_vision", "siglip_vision_model")
 MAX_TILES = 64  # tiles of one vision call; a picture has 17 at most at the published sizes
 RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
+VARIANTS = {(576, 30): "256M", (960, 32): "500M", (2048, 24): "2.2B"}  # by width and layers
 HEAD, EMBEDDING = "lm_head.weight", "model.text_model.embed_tokens.weight"
 FAKE, GLOBAL, IMAGE = "<fake_token_around_image>", "<global-img>", "<image>"
 
@@ -58,17 +64,22 @@ def parse(checkpoint: Checkpoint) -> ModelSpec:
     )
     config.fixed("use_resampler", False)
     config.fixed("qk_layer_norms", False)
+    text = _parse_text(
+        config.section("text_config"),
+        # The defaults of SmolVLMConfig as a whole differ from LlamaConfig's in this one.
+        norm_eps=1e-6 if config.has("text_config") else 1e-5,
+        tied=config.flag("tie_word_embeddings", False) and not _has_own_head(checkpoint),
+    )
     spec = ModelSpec(
         family="smolvlm",
         model_type=model_type,
+        variant=VARIANTS.get((text.hidden_size, text.layers), "custom"),
         vision=_parse_vision(config.section("vision_config")),
-        text=_parse_text(
-            config.section("text_config"),
-            # The defaults of SmolVLMConfig as a whole differ from LlamaConfig's in this one.
-            norm_eps=1e-6 if config.has("text_config") else 1e-5,
-            tied=config.flag("tie_word_embeddings", False) and not _has_own_head(checkpoint),
+        text=text,
+        projector=ProjectorSpec(
+            kind="pixel_shuffle",
+            patches_per_token=config.integer("scale_factor", 2, most=16) ** 2,
         ),
-        projector_scale=config.integer("scale_factor", 2, most=16),
         image_token_id=config.token_id("image_token_id", 128257),
     )
     config.finish()
@@ -141,9 +152,15 @@ def _parse_text(text: ConfigReader, *, norm_eps: float, tied: bool) -> TextSpec:
         rope_theta=read_rope_theta(text),
         norm_eps=text.number("rms_norm_eps", norm_eps),
         tied_embeddings=tied,
+        qkv_bias=False,
     )
     text.finish()
     return spec
+
+
+def _scale(spec: ModelSpec) -> int:
+    """Patches along a side of the block that becomes one image token."""
+    return math.isqrt(spec.projector.patches_per_token)
 
 
 def _check_sizes(spec: ModelSpec, where: str) -> None:
@@ -159,7 +176,7 @@ def _check_sizes(spec: ModelSpec, where: str) -> None:
         (text.heads % text.kv_heads == 0, "heads not divisible by key/value heads", text.kv_heads),
         (text.head_size % 8 == 0, "head size not a multiple of 8", text.head_size),
         (
-            vision.grid % spec.projector_scale == 0,
+            vision.grid % _scale(spec) == 0,
             "patch grid not divisible by scale_factor",
             vision.grid,
         ),
@@ -173,8 +190,12 @@ def _check_sizes(spec: ModelSpec, where: str) -> None:
             raise ConfigError(f"sizes do not fit: {what}", where=where, got=got)
 
 
-def preprocess(checkpoint: Checkpoint, spec: ModelSpec, longest_edge: int | None) -> TilePreprocess:
+def preprocess(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> Preprocess:
     """Reads preprocessor_config.json, or the part of processor_config.json that replaced it."""
+    return choose_tiling(_published_preprocess(checkpoint, spec), recipe)
+
+
+def _published_preprocess(checkpoint: Checkpoint, spec: ModelSpec) -> TilePreprocess:
     name = "preprocessor_config.json"
     values = checkpoint.json(name)
     if values is None:
@@ -216,7 +237,7 @@ def preprocess(checkpoint: Checkpoint, spec: ModelSpec, longest_edge: int | None
         )
     result = TilePreprocess(
         tile_size=tile.integer("longest_edge", 364, most=8192),
-        longest_edge=longest_edge or size.integer("longest_edge", 1456, most=4096),
+        longest_edge=size.integer("longest_edge", 1456, most=4096),
         split=config.flag("do_image_splitting", True),
         resample=RESAMPLE[resample],  # type: ignore[arg-type]
         rescale=config.number("rescale_factor", 1 / 255),
@@ -312,7 +333,7 @@ def read_stop_ids(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[int, ...]:
 
 
 def components(
-    spec: ModelSpec, preprocess: TilePreprocess, context_length: int
+    spec: ModelSpec, preprocess: Preprocess, context_length: int
 ) -> tuple[Component, ...]:
     """Vision encoder with projector, token embedding, decoder."""
     return (
@@ -322,7 +343,7 @@ def components(
     )
 
 
-def _vision_encoder(spec: ModelSpec, preprocess: TilePreprocess) -> Component:
+def _vision_encoder(spec: ModelSpec, preprocess: Preprocess) -> Component:
     vision = spec.vision
     edge, patch = vision.image_size, vision.patch_size
     per_colour = patch * patch
@@ -355,7 +376,7 @@ def _vision_encoder(spec: ModelSpec, preprocess: TilePreprocess) -> Component:
 
     def build() -> VisionEncoder:
         projector = PixelShuffleProjector(
-            vision.hidden_size, spec.text.hidden_size, vision.grid, spec.projector_scale
+            vision.hidden_size, spec.text.hidden_size, vision.grid, _scale(spec)
         )
         return VisionEncoder(SiglipTower(vision), projector)
 

@@ -34,14 +34,16 @@ def _check_numbers(bundle: Bundle) -> None:
     """Refuses numbers that no model has, and pairs of numbers that must be equal."""
     manifest = bundle.manifest
     vision, text = manifest.spec.vision, manifest.spec.text
-    scale = manifest.spec.projector_scale
-    counts = (vision.image_size, vision.patch_size, scale, text.vocab_size, text.hidden_size)
+    fold = manifest.spec.projector.patches_per_token
+    counts = (vision.image_size, vision.patch_size, fold, text.vocab_size, text.hidden_size)
     if min(*counts, text.layers, text.kv_heads, text.head_size) < 1:
         raise _lie(bundle, "sizes of the model", min(counts), "1 or more")
     if not 2 <= manifest.context_length <= text.max_positions:
         wanted = f"2 to {text.max_positions}"
         raise _lie(bundle, "context length", manifest.context_length, wanted)
     per_tile = manifest.spec.image_tokens_per_tile
+    if per_tile < 1:
+        raise _lie(bundle, "image tokens of a tile", per_tile, "1 or more")
     if manifest.prompt.image.tokens_per_tile != per_tile:
         got = manifest.prompt.image.tokens_per_tile
         raise _lie(bundle, "image tokens of a tile in the prompt", got, per_tile)

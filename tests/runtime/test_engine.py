@@ -204,7 +204,7 @@ LIES: dict[str, Callable[[Json], None]] = {
     "no component": lambda m: m["components"].pop(0),
     "no layers": lambda m: m["spec"]["text"].update(layers=0),
     "patch size": lambda m: m["spec"]["vision"].update(patch_size=0),
-    "projector scale": lambda m: m["spec"].update(projector_scale=0),
+    "patches of an image token": lambda m: m["spec"]["projector"].update(patches_per_token=0),
     "width": lambda m: m["spec"]["text"].update(hidden_size=64),
     "vocabulary": lambda m: m["spec"]["text"].update(vocab_size=99999),
     "heads": lambda m: m["spec"]["text"].update(kv_heads=1),

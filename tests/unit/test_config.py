@@ -17,7 +17,7 @@ from lorgnette.errors import EXIT_WRONG_INPUT, ConfigError
 from lorgnette.export.checkpoint import Checkpoint
 from lorgnette.export.config import ConfigReader
 from lorgnette.export.families import family_names, find_family, smolvlm
-from lorgnette.spec import ModelSpec, TextSpec, VisionSpec
+from lorgnette.spec import ModelSpec, ProjectorSpec, TextSpec, VisionSpec
 from tests.helpers import CONFIGS, Config, published_shapes, tiny_config
 
 PUBLISHED = {path.stem: json.loads(path.read_text()) for path in sorted(CONFIGS.glob("*.json"))}
@@ -36,6 +36,7 @@ def by_transformers(config: Config) -> ModelSpec:
     return ModelSpec(
         family="smolvlm",
         model_type=read.model_type,
+        variant="custom",
         vision=VisionSpec(
             hidden_size=vision.hidden_size,
             intermediate_size=vision.intermediate_size,
@@ -57,8 +58,9 @@ def by_transformers(config: Config) -> ModelSpec:
             rope_theta=float(text.rope_parameters["rope_theta"]),
             norm_eps=text.rms_norm_eps,
             tied_embeddings=read.tie_word_embeddings,
+            qkv_bias=False,
         ),
-        projector_scale=read.scale_factor,
+        projector=ProjectorSpec(kind="pixel_shuffle", patches_per_token=read.scale_factor**2),
         image_token_id=read.image_token_id,
     )
 
