@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import transformers
 from hypothesis import given, settings
@@ -99,7 +100,9 @@ def without(config: Config, section: str, key: str) -> Config:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published(name: str) -> None:
-    assert parse(PUBLISHED[name]) == by_transformers(PUBLISHED[name])
+    size = next(size for size in ("256M", "500M", "2.2B") if size in f"{name} 2.2B")
+    wanted = msgspec.structs.replace(by_transformers(PUBLISHED[name]), variant=size)
+    assert parse(PUBLISHED[name]) == wanted
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
