@@ -21,7 +21,7 @@ from lorgnette.export.check import (
     make_golden,
     rounds_activations,
 )
-from lorgnette.export.checkpoint import Checkpoint, open_checkpoint
+from lorgnette.export.checkpoint import Checkpoint, open_files
 from lorgnette.export.component import Component, TensorSpec
 from lorgnette.export.families import find_family
 from lorgnette.export.trace import build_module, trace
@@ -80,7 +80,7 @@ def export(
     """
     progress("read checkpoint")
     plan, target = find_plan(recipe.quant), find_target(recipe.target)
-    parts = read_parts(open_checkpoint(checkpoint_path), recipe)
+    parts = read_parts(open_files(checkpoint_path), recipe)
     golden_prompt(parts, golden_picture())  # refuses a context that is too small
     problems = target.check(parts.spec, plan)
     if problems:

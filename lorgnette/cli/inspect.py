@@ -95,11 +95,11 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     """What a checkpoint's headers tell and what its bundles would take; reads no weight."""
     require_extra("export")
     from lorgnette.cli import predict
-    from lorgnette.export.checkpoint import open_checkpoint
+    from lorgnette.export.checkpoint import open_files
     from lorgnette.export.pipeline import read_parts
     from lorgnette.recipe import Recipe
 
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_files(path)
     parts = read_parts(checkpoint, Recipe())
     context = parts.context_length
     spec = parts.spec

@@ -81,7 +81,7 @@ def _fresh_goldens(
     """
     require_extra("export")
     from lorgnette.export.check import make_golden
-    from lorgnette.export.checkpoint import open_checkpoint
+    from lorgnette.export.checkpoint import open_files
     from lorgnette.export.pipeline import read_parts
     from lorgnette.quantize.plan import find_plan
     from lorgnette.runtime.image import load_image
@@ -89,7 +89,7 @@ def _fresh_goldens(
     progress("read checkpoint")
     recipe = bundle.manifest.recipe
     pictures = [load_image(image) for image in images]
-    parts = read_parts(open_checkpoint(against), recipe)
+    parts = read_parts(open_files(against), recipe)
     if parts.spec != bundle.manifest.spec:
         raise ConfigError(
             "the checkpoint is another model than the bundle's",
