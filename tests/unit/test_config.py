@@ -26,7 +26,7 @@ TENSORS = {"256M": (471, 256_484_928), "500M": (489, 507_482_304)}
 
 
 def parse(config: Config) -> ModelSpec:
-    return smolvlm.parse(Checkpoint(Path("folder"), config, {}, {}))
+    return smolvlm.parse(Checkpoint(Path("folder"), config, {}))
 
 
 def by_transformers(config: Config) -> ModelSpec:
