@@ -274,9 +274,7 @@ def prompt(checkpoint: Checkpoint, spec: ModelSpec, tokens: Mapping[str, int]) -
             wanted=UNKNOWN_ID,
         )
     user = TurnTemplate(header="USER: ", header_image_first="USER: ", footer=" ")
-    assistant = TurnTemplate(
-        header="ASSISTANT: ", header_image_first="ASSISTANT: ", footer="</s>"
-    )
+    assistant = TurnTemplate(header="ASSISTANT: ", header_image_first="ASSISTANT: ", footer="</s>")
     system = TurnTemplate(header="", header_image_first="", footer=" ")
     return PromptSpec(
         prefix="<s>",

@@ -283,8 +283,6 @@ def components(
         decoder_component(
             spec,
             context_length,
-            llama_rules(
-                "model.text_model.", head.removesuffix(".weight"), text, context_length
-            ),
+            llama_rules("model.text_model.", head.removesuffix(".weight"), text, context_length),
         ),
     )
