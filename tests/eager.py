@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from lorgnette.export.checkpoint import Checkpoint, open_checkpoint
+from lorgnette.export.checkpoint import Checkpoint, open_files
 from lorgnette.export.component import Component, Family
 from lorgnette.export.families import find_family
 from lorgnette.export.trace import build_module, trace
@@ -62,7 +62,7 @@ class Eager:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The opened folder."""
-        return open_checkpoint(self.folder)
+        return open_files(self.folder)
 
     @cached_property
     def family(self) -> Family:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lorgnette.export.checkpoint import Checkpoint, open_checkpoint
+from lorgnette.export.checkpoint import Checkpoint, open_files
 from lorgnette.export.component import Component, TensorSpec
 from lorgnette.export.trace import build_module, trace
 from lorgnette.export.weights import WeightSource, module_shapes
@@ -36,7 +36,7 @@ def tensor_folder(folder: Path, tensors: Mapping[str, Tensor]) -> Checkpoint:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text("{}")
     write_weights(folder, tensors)
-    return open_checkpoint(folder)
+    return open_files(folder)
 
 
 def single(
