@@ -24,7 +24,7 @@ from lorgnette.quantize.plan import PLANS
 from lorgnette.spec import VisionSpec
 from lorgnette.targets.onnx.lowering import OnnxCpu
 from tests.eager import StoredSource, random_tiles
-from tests.projectors import random_tensors
+from tests.projector_weights import random_tensors
 from tests.small import (
     WIDTH,
     Call,
