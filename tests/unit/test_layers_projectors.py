@@ -23,10 +23,11 @@ from lorgnette.export.layers.projectors import (
     to_tokens,
 )
 from lorgnette.export.weights import Rule, WeightSource, load_module, module_shapes
-from tests import projectors
+from tests import projector_oracle
+from tests.projector_oracle import MOBILEVLM, OMNIVLM
+from tests.projector_weights import concat_shapes, ldp_shapes, ldpv2_shapes, random_tensors
 from tests.small import tensor_folder
 
-PREFIX = "model.mm_projector."
 TOLERANCE = 2e-5
 
 
@@ -50,7 +51,7 @@ def compare(
     features: Tensor,
 ) -> Tensor:
     """Loads a projector from published tensors and holds it against the reference."""
-    tensors = projectors.random_tensors(shapes)
+    tensors = random_tensors(shapes)
     with torch.device("meta"):
         module: nn.Module = Projector(build())
     source = WeightSource(tensor_folder(folder, tensors), module_shapes(module), rules)
@@ -76,9 +77,9 @@ def test_ldp(tmp_path: Path, eye: int, width: int, grid: int, squeezed: int) -> 
     got = compare(
         tmp_path,
         lambda: LdpProjector(eye, width, grid),
-        ldp_rules(PREFIX, width),
-        projectors.ldp_shapes(PREFIX, eye, width, squeezed),
-        lambda weights, x: projectors.ldp(weights, PREFIX, x),
+        ldp_rules(MOBILEVLM, width),
+        ldp_shapes(MOBILEVLM, eye, width, squeezed),
+        projector_oracle.ldp,
         draw(2, grid * grid, eye),
     )
     assert got.shape == (2, (grid // 2) ** 2, width)
@@ -89,9 +90,9 @@ def test_ldp_v2(tmp_path: Path, eye: int, width: int, grid: int) -> None:
     got = compare(
         tmp_path,
         lambda: LdpV2Projector(eye, width, grid),
-        ldpv2_rules(PREFIX),
-        projectors.ldpv2_shapes(PREFIX, eye, width),
-        lambda weights, x: projectors.ldpv2(weights, PREFIX, x),
+        ldpv2_rules(MOBILEVLM),
+        ldpv2_shapes(MOBILEVLM, eye, width),
+        projector_oracle.ldp_v2,
         draw(2, grid * grid, eye),
     )
     assert got.shape == (2, (grid // 2) ** 2, width)
@@ -99,13 +100,12 @@ def test_ldp_v2(tmp_path: Path, eye: int, width: int, grid: int) -> None:
 
 @pytest.mark.parametrize(("grid", "joined"), [(27, 9), (27, 1), (6, 4), (3, 3)])
 def test_concat(tmp_path: Path, grid: int, joined: int) -> None:
-    prefix = "multi_modal_projector."
     got = compare(
         tmp_path,
         lambda: ConcatProjector(12, 40, 28, joined),
-        concat_rules(prefix),
-        projectors.concat_shapes(prefix, 12, joined, 40, 28),
-        lambda weights, x: projectors.concat(weights, prefix, x, joined),
+        concat_rules(OMNIVLM),
+        concat_shapes(OMNIVLM, 12, joined, 40, 28),
+        lambda weights, x: projector_oracle.omnivlm(weights, x, joined),
         draw(2, grid * grid, 12),
     )
     assert got.shape == (2, grid * grid // joined, 28)
