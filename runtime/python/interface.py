@@ -8,8 +8,9 @@ answer.
 from __future__ import annotations
 
 from lorgnette.bundle import Bundle
-from lorgnette.errors import BundleError
+from lorgnette.errors import BundleError, ConfigError
 from lorgnette.manifest import ComponentEntry, Manifest, TensorEntry
+from lorgnette.runtime.preprocess import check_spec
 
 Tensors = list[tuple[str, str, tuple[int | str, ...]]]
 
@@ -49,6 +50,10 @@ def _check_numbers(bundle: Bundle) -> None:
         raise _lie(bundle, "image tokens of a tile in the prompt", got, per_tile)
     if manifest.preprocess.tile_size != vision.image_size:
         raise _lie(bundle, "tile size", manifest.preprocess.tile_size, vision.image_size)
+    try:
+        check_spec(manifest.preprocess)
+    except ConfigError as error:
+        raise _lie(bundle, "preprocessing", error.got, error.wanted) from error
 
 
 def _wanted(manifest: Manifest) -> dict[str, tuple[Tensors, Tensors]]:
