@@ -206,25 +206,25 @@ def _fields(vision: VisionSpec) -> dict[str, Any]:
 
 def _tower_config(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
     """The config of the tower: of the folder that the checkpoint names, or a known one."""
-    name = checkpoint.config.get("mm_vision_tower")
+    name = str(checkpoint.config.get("mm_vision_tower"))
     if name in PRESETS:
         return PRESETS[name], f"preset {name}"
-    inside = isinstance(name, str) and re.fullmatch(r"\w[\w-]*", name)
+    inside = re.fullmatch(r"\w[\w-]*", name)
     values = checkpoint.json(f"{name}/config.json") if inside else None
     if values is None:
         raise ConfigError(
             "the vision tower is not known",
             where=checkpoint.path / "config.json",
-            got=f"mm_vision_tower {name!r}",
+            got=f"mm_vision_tower {name}",
             wanted=f"{' or '.join(PRESETS)}, or a folder inside the checkpoint with a config.json",
             hint="--vision DIR takes the tower of a CLIP checkpoint",
         )
-    return values, str(checkpoint.path / str(name) / "config.json")
+    return values, str(checkpoint.path / name / "config.json")
 
 
 def preprocess(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> Preprocess:
     """CLIP's preprocessing of the picture padded to a square with CLIP's mean colour."""
-    folder = checkpoint.config.get("mm_vision_tower")
+    folder = checkpoint.config["mm_vision_tower"]
     name = f"{folder}/preprocessor_config.json"
     values = (checkpoint.json(name) if folder not in PRESETS else None) or {}
     config = ConfigReader(values, str(checkpoint.path / name))
