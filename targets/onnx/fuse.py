@@ -94,6 +94,8 @@ def fuse_quick_gelus(model: ir.Model) -> int:
         graph.insert_before(scale, gelu)
         out.replace_all_uses_with(gelu.outputs[0], replace_graph_outputs=True)
         graph.remove([multiply, node, scale], safe=True)
+        if alpha is not None and not alpha.uses():  # engines warn of weights that nothing reads
+            del graph.initializers[str(alpha.name)]
         joined += 1
     return joined
 

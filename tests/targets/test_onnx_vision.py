@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,9 @@ def test_functions(tmp_path: Path, name: str) -> None:
 def test_a_quick_gelu_becomes_one_operator_and_nothing_else_does(tmp_path: Path, name: str) -> None:
     lowered = check(tmp_path, of_width(lambda: Call(FUNCTIONS[name])), draw(1, 3, WIDTH))
     fused = {"com.microsoft::QuickGelu": 1}
+    graph = onnx.load(lowered.folder / lowered.report.graph, load_external_data=False).graph
+    read = {value for node in graph.node for value in node.input}
+    assert {initializer.name for initializer in graph.initializer} <= read
     if name.startswith("quick gelu"):
         assert lowered.report.operators == fused
     else:
