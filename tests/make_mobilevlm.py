@@ -277,9 +277,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     config = json.loads(arguments.config.read_text())
-    make_mobilevlm(
-        arguments.out, config, CLIP_L_336, dtype=arguments.dtype, seed=arguments.seed
-    )
+    make_mobilevlm(arguments.out, config, CLIP_L_336, dtype=arguments.dtype, seed=arguments.seed)
 
 
 if __name__ == "__main__":

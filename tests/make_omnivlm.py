@@ -15,8 +15,16 @@ import gguf
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
-from tokenizers import pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 from tests.helpers import GOLDEN, LINES, Config, DtypeName, random_weights, write_weights
 
@@ -125,7 +133,11 @@ def published_shapes(config: Mapping[str, Any], *, pooling_head: bool = True) ->
 
 def _decoder_shapes(config: Mapping[str, Any]) -> Shapes:
     text = config["text_config"]
-    width, inner, heads = text["hidden_size"], text["intermediate_size"], text["num_attention_heads"]
+    width, inner, heads = (
+        text["hidden_size"],
+        text["intermediate_size"],
+        text["num_attention_heads"],
+    )
     size = text.get("head_dim", width // heads)
     keys = text["num_key_value_heads"] * size
     shapes: Shapes = {f"{DECODER}embed_tokens.weight": (text["vocab_size"], width)}

@@ -300,7 +300,7 @@ def components(
     vision, text = spec.vision, spec.text
     arguments = (vision.hidden_size, text.hidden_size, vision.grid)
     projector: Callable[[], nn.Module] = partial(LdpV2Projector, *arguments)
-    projector_rules: Mapping[str, Rule] = ldpv2_rules("model.mm_projector.")
+    projector_rules: dict[str, Rule] = ldpv2_rules("model.mm_projector.")
     if spec.projector.kind == "ldp":
         projector = partial(LdpProjector, *arguments)
         projector_rules = ldp_rules("model.mm_projector.", text.hidden_size)

@@ -1,5 +1,6 @@
-"""MobileVLM and OmniVLM, through the real weight maps, against towers and decoders of transformers
-around independent projectors, at random weights.
+"""MobileVLM and OmniVLM, through the real weight maps, against their parts in transformers.
+
+The projectors between those parts are independent ones; weights are random.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ class Mobile:
         if apart is not None:
             tower = read_weights(apart).items()
             weights |= {mobilevlm.TOWER + n: w for n, w in tower if n.startswith("vision_model.")}
-        return Eager(made, context=256, vision=apart), mobilevlm_oracle(self.config, self.clip, weights)
+        return Eager(made, context=256, vision=apart), mobilevlm_oracle(
+            self.config, self.clip, weights
+        )
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,8 @@ def stored(name: str, value: Tensor, kind: omnivlm.Quantisation) -> Tensor:
         return value.half().float()
     blocks = value.reshape(*value.shape[:-1], -1, 32)
     scale = blocks.abs().amax(-1, keepdim=True) / 127
-    codes = torch.round(blocks / torch.where(scale == 0, torch.ones(()), scale))
+    ratio = blocks / torch.where(scale == 0, torch.ones(()), scale)
+    codes = torch.floor(ratio.abs() + 0.5) * ratio.sign()  # halves away from zero, as C rounds
     return (codes * scale.half().float()).reshape(value.shape)
 
 

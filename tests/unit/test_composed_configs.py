@@ -146,9 +146,7 @@ WRONG: list[tuple[str, str, object, str]] = [
 
 
 @pytest.mark.parametrize(("name", "place", "value", "told"), WRONG)
-def test_what_is_not_understood_is_refused(
-    name: str, place: str, value: object, told: str
-) -> None:
+def test_what_is_not_understood_is_refused(name: str, place: str, value: object, told: str) -> None:
     family, config = FAMILIES[name]
     with pytest.raises(ConfigError, match=told) as caught:
         parse(family, changed(config, place, value))
@@ -175,7 +173,9 @@ def test_an_odd_grid_is_refused(change: Config, told: str | None) -> None:
         parse(mobilevlm, make_mobilevlm.tiny_config(), files)
 
 
-def preprocess(name: str, recipe: Recipe, files: dict[str, object] | None = None) -> SquarePreprocess:
+def preprocess(
+    name: str, recipe: Recipe, files: dict[str, object] | None = None
+) -> SquarePreprocess:
     family, config = FAMILIES[name]
     opened = checkpoint(config, files)
     found: SquarePreprocess = family.preprocess(opened, family.parse(opened), recipe)
