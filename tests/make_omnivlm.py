@@ -310,19 +310,22 @@ def _add_vision_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None
     writer.add_bool("siglip.has_omni_vlm_projector", True)
 
 
+def make_published_pair(folder: Path, config_file: Path, kind: Quantisation = "F16") -> None:
+    """Writes a pair of a published shape, with the small tokenizer."""
+    config = json.loads(config_file.read_text())
+    small = tiny_config()["text_config"]
+    config["text_config"] |= {key: small[key] for key in ("eos_token_id", "bos_token_id")}
+    make_gguf_pair(folder, config, kind=kind)
+
+
 def main() -> None:
     """Makes a GGUF pair of the published shape from the command line."""
     parser = argparse.ArgumentParser(description="OmniVLM with random weights")
     parser.add_argument("--config", type=Path, default=CONFIGS / "OmniVLM-968M.json")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--kind", choices=("F32", "F16", "Q8_0"), default="F16")
-    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    config = json.loads(arguments.config.read_text())
-    small = tiny_config()
-    for key in ("eos_token_id", "bos_token_id"):
-        config["text_config"][key] = small["text_config"][key]
-    make_gguf_pair(arguments.out, config, kind=arguments.kind, seed=arguments.seed)
+    make_published_pair(arguments.out, arguments.config, arguments.kind)
 
 
 if __name__ == "__main__":
