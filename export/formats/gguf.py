@@ -34,6 +34,8 @@ MAX_TENSORS = 2**16
 MAX_DIMENSIONS = 4
 MAX_NAME_BYTES = 2**16
 MAX_STRING_BYTES = 2**24
+CHUNK = 2**22
+"""Elements that are dequantised at a time."""
 DEQUANTISED = ("Q8_0",)
 INTEGERS = ("I8", "I16", "I32", "I64")
 SCALARS = {
@@ -110,7 +112,7 @@ class GgufFile:
     def read(self, name: str) -> torch.Tensor:
         """One tensor as float32, its own copy.
 
-        Memory: the copy, and for a quantised tensor little more.
+        Memory: the copy; a quantised tensor is taken apart some rows at a time.
         """
         import gguf
         import numpy as np
@@ -118,13 +120,17 @@ class GgufFile:
 
         info, place = self.tensors[name], self._places[name]
         check_float(name, info.dtype, self._file, *DEQUANTISED)
-        if info.dtype == "F64":
-            doubles = np.frombuffer(self._map, np.float64, place.size // 8, place.start)
-            return torch.from_numpy(doubles.astype(np.float32).reshape(info.shape))
-        stored = np.frombuffer(self._map, np.uint8, place.size, place.start)
-        rows = stored.reshape(math.prod(info.shape[:-1]), -1)
-        values = gguf.dequantize(rows, place.kind).reshape(info.shape)
-        return torch.from_numpy(values if values.flags.writeable else values.copy())
+        count, columns = math.prod(info.shape[:-1]), info.shape[-1] if info.shape else 1
+        values = np.empty((count, columns), np.float32)
+        stored = np.frombuffer(self._map, np.uint8, place.size, place.start).reshape(count, -1)
+        step = max(CHUNK // columns, 1)
+        for start in range(0, count, step):
+            rows = stored[start : start + step]
+            plain = (
+                rows.view(np.float64) if info.dtype == "F64" else gguf.dequantize(rows, place.kind)
+            )
+            values[start : start + step] = plain
+        return torch.from_numpy(values.reshape(info.shape))
 
     def _read_entry(self, cursor: _Cursor) -> None:
         key = cursor.string(MAX_NAME_BYTES)

@@ -203,6 +203,18 @@ def test_values_are_those_of_the_package(
         assert np.array_equal(opened.read(one.name), wanted)
 
 
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0])
+def test_a_tensor_is_read_in_parts(
+    tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.random.default_rng(0).standard_normal((7, 5, 64)).astype(np.float32)
+    file = write(tmp_path / "model.gguf", {"a": values}, kind)
+    whole = open_files(file).read("a")
+    for chunk in (1, 64, 200, 700):
+        monkeypatch.setattr(gguf_module, "CHUNK", chunk)
+        assert torch.equal(open_files(file).read("a"), whole)
+
+
 def test_a_tensor_read_is_its_own_copy(file: Path) -> None:
     opened = open_files(file)
     for name in TENSORS:
