@@ -55,8 +55,8 @@ class AnswerText:
         return "".join([self._stream.push(i) for i in held])
 
     def finish(self) -> str:
-        """Returns what was held back, incomplete characters as U+FFFD."""
-        return "" if self._undecided else self._trimmed(self._stream.finish())
+        """Returns an incomplete character as U+FFFD; an undecided beginning never comes."""
+        return self._trimmed(self._stream.finish())
 
     def _trimmed(self, text: str) -> str:
         """The text without the white space behind a header."""

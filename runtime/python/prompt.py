@@ -266,11 +266,10 @@ def _check_image_tokens(
 def _encode_after(tokenizer: Tokenizer, base: list[int], suffix: str) -> list[int]:
     """The ids of the context and a suffix, letting tokens form across the border.
 
-    Tokens never form across an added token: nothing does where the suffix begins with one, and
-    elsewhere the text since the last one is enough.
+    Where the suffix begins with an added token, as it mostly does, none can: it is then encoded
+    alone in effect, whatever the context's ids are.
     """
-    if tokenizer.begins_with_added(suffix):
-        return base + tokenizer.encode(suffix)
+    # Tokens never form across an added token, so the text since the last one is enough.
     cut = max((n for n, i in enumerate(base) if i in tokenizer.added_ids), default=0)
     for tail in _texts(tokenizer, base[cut:]):
         if tokenizer.encode(tail) == base[cut:]:

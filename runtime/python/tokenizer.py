@@ -49,11 +49,6 @@ class Tokenizer:
         self._backend = backend
         self._where = where
         self._added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
-        self._borders = tuple(
-            token.content
-            for token in backend.get_added_tokens_decoder().values()
-            if not (token.lstrip or token.single_word or token.normalized)
-        )
         self._skipped = frozenset(
             token.content for token in backend.get_added_tokens_decoder().values() if token.special
         )
@@ -98,15 +93,6 @@ class Tokenizer:
     def added_ids(self) -> frozenset[int]:
         """The ids of the added tokens."""
         return frozenset(self._added)
-
-    def begins_with_added(self, text: str) -> bool:
-        """Whether an added token begins the text whatever stands before it.
-
-        Tokens that swallow white space before them, or depend on what stands there, do not count.
-        """
-        return text.startswith(self._borders) and not any(
-            text.startswith(other) and other not in self._borders for other in self.special_strings
-        )
 
     def encode(self, text: str) -> list[int]:
         """Turns text into ids, exactly and only what stands there.
