@@ -42,6 +42,8 @@ class Parts:
     preprocess: Preprocess
     prompt: PromptSpec
     tokenizer: Tokenizer
+    tokenizer_json: bytes
+    """What `tokenizer` was read from."""
     context_length: int
     components: tuple[Component, ...]
     sources: Mapping[str, WeightSource]

@@ -21,9 +21,10 @@ from lorgnette.export.check import (
     make_golden,
     rounds_activations,
 )
-from lorgnette.export.checkpoint import Checkpoint, open_checkpoint
+from lorgnette.export.checkpoint import Checkpoint
 from lorgnette.export.component import Component, TensorSpec
-from lorgnette.export.families import find_family
+from lorgnette.export.families import find_family, open_checkpoint
+from lorgnette.export.tokenizer_files import read_tokenizer_json
 from lorgnette.export.trace import build_module, trace
 from lorgnette.export.weights import WeightSource, check_all_used, module_shapes
 from lorgnette.manifest import (
@@ -59,15 +60,17 @@ def export(
     out: str | Path,
     recipe: Recipe,
     *,
+    vision: str | Path | None = None,
     replace: bool = False,
     progress: Progress = lambda step: None,
 ) -> tuple[Bundle, Ladder]:
     """Makes a bundle, and refuses to if it does not give the original's answer.
 
     Args:
-        checkpoint_path: A checkpoint directory in the published layout.
+        checkpoint_path: A checkpoint in a published form: a directory or a GGUF file.
         out: Where the bundle goes; ends in `.lorg`.
         recipe: What is asked for.
+        vision: The vision tower where it is published apart, as `open_checkpoint` takes it.
         replace: Whether a bundle at `out` may be replaced.
         progress: Told about each step.
 
@@ -80,7 +83,7 @@ def export(
     """
     progress("read checkpoint")
     plan, target = find_plan(recipe.quant), find_target(recipe.target)
-    parts = read_parts(open_checkpoint(checkpoint_path), recipe)
+    parts = read_parts(open_checkpoint(checkpoint_path, vision), recipe)
     golden_prompt(parts, golden_picture())  # refuses a context that is too small
     problems = target.check(parts.spec, plan)
     if problems:
@@ -104,7 +107,7 @@ def _write(
     lowered = _lower(parts, plan, target, folder, progress)
     tokenizer_file = folder / TOKENIZER
     tokenizer_file.parent.mkdir()
-    tokenizer_file.write_bytes((parts.checkpoint.path / "tokenizer.json").read_bytes())
+    tokenizer_file.write_bytes(parts.tokenizer_json)
     golden = make_golden(parts, plan, progress)
     write_golden(golden, folder / GOLDEN)
     progress("write manifest")
@@ -164,7 +167,8 @@ def read_parts(checkpoint: Checkpoint, recipe: Recipe) -> Parts:
     """
     _, family = find_family(checkpoint.config.get("model_type"))
     spec = family.parse(checkpoint)
-    tokenizer = _read_tokenizer(checkpoint, spec)
+    tokenizer_json = read_tokenizer_json(checkpoint)
+    tokenizer = _read_tokenizer(checkpoint, tokenizer_json, spec)
     preprocess = family.preprocess(checkpoint, spec, recipe)
     tokens = {text: tokenizer.token_id(text) for text in tokenizer.special_strings}
     prompt = family.prompt(checkpoint, spec, tokens)
@@ -178,7 +182,15 @@ def read_parts(checkpoint: Checkpoint, recipe: Recipe) -> Parts:
     }
     check_all_used(checkpoint, list(sources.values()), family.IGNORED_TENSORS)
     return Parts(
-        checkpoint, spec, preprocess, prompt, tokenizer, context_length, components, sources
+        checkpoint=checkpoint,
+        spec=spec,
+        preprocess=preprocess,
+        prompt=prompt,
+        tokenizer=tokenizer,
+        tokenizer_json=tokenizer_json,
+        context_length=context_length,
+        components=components,
+        sources=sources,
     )
 
 
@@ -195,11 +207,9 @@ def _context_length(spec: ModelSpec, recipe: Recipe) -> int:
     return recipe.context_length
 
 
-def _read_tokenizer(checkpoint: Checkpoint, spec: ModelSpec) -> Tokenizer:
+def _read_tokenizer(checkpoint: Checkpoint, tokenizer_json: bytes, spec: ModelSpec) -> Tokenizer:
     path = checkpoint.path / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError("file is missing", where=path)
-    tokenizer = Tokenizer.from_file(path)
+    tokenizer = Tokenizer.from_bytes(tokenizer_json, where=path)
     if tokenizer.vocab_size > spec.text.vocab_size:
         raise CheckpointError(
             "the tokenizer has more tokens than the model",

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from lorgnette.export.checkpoint import Checkpoint, open_checkpoint
+from lorgnette.export.checkpoint import Checkpoint
 from lorgnette.export.component import Component, Family
-from lorgnette.export.families import find_family
+from lorgnette.export.families import find_family, open_checkpoint
 from lorgnette.export.trace import build_module, trace
 from lorgnette.export.weights import WeightSource, check_all_used, load_module, module_shapes
 from lorgnette.quantize.methods import rtn
@@ -50,19 +50,21 @@ class Eager:
     """The three components of a checkpoint, run in plain torch.
 
     Attributes:
-        folder: The checkpoint.
+        folder: The checkpoint, a directory or a GGUF file.
         plan: How its matrices are rounded.
         context: KV cache capacity S.
+        vision: The vision tower where it lies apart.
     """
 
     folder: Path
     plan: QuantPlan = PLANS["fp32"]
     context: int = CONTEXT
+    vision: Path | None = None
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The opened folder."""
-        return open_checkpoint(self.folder)
+        return open_checkpoint(self.folder, self.vision)
 
     @cached_property
     def family(self) -> Family:

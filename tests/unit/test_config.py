@@ -25,7 +25,7 @@ TENSORS = {"256M": (471, 256_484_928), "500M": (489, 507_482_304)}
 
 
 def parse(config: Config) -> ModelSpec:
-    return smolvlm.parse(Checkpoint(Path("folder"), config, {}, {}))
+    return smolvlm.parse(Checkpoint(Path("folder"), config, {}))
 
 
 def by_transformers(config: Config) -> ModelSpec:
@@ -36,7 +36,9 @@ def by_transformers(config: Config) -> ModelSpec:
     return ModelSpec(
         family="smolvlm",
         model_type=read.model_type,
-        variant="custom",
+        variant={(576, 30): "256M", (960, 32): "500M", (2048, 24): "2.2B"}.get(
+            (text.hidden_size, text.num_hidden_layers), "custom"
+        ),
         vision=VisionSpec(
             hidden_size=vision.hidden_size,
             intermediate_size=vision.intermediate_size,
@@ -99,7 +101,9 @@ def without(config: Config, section: str, key: str) -> Config:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published(name: str) -> None:
-    assert parse(PUBLISHED[name]) == by_transformers(PUBLISHED[name])
+    got = parse(PUBLISHED[name])
+    assert got == by_transformers(PUBLISHED[name])
+    assert got.variant == next(v for v in ("256M", "500M", "2.2B") if v in f"{name} 2.2B")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
