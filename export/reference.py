@@ -139,7 +139,7 @@ class Reference:
         for name, layer in self._module("decoder").named_modules():
             if isinstance(layer, nn.Linear):
                 scheme = self._plan.scheme_for("decoder", f"{name}.weight")
-                if scheme.int8_activations:
+                if scheme.activations == "int8_group":
                     layer.register_forward_pre_hook(_rounding(scheme.group_size))
                     rounded = True
         return rounded

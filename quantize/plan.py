@@ -10,13 +10,19 @@ from numpy.typing import NDArray
 
 from lorgnette.errors import ConfigError
 from lorgnette.quantize.methods import load_method
-from lorgnette.quantize.scheme import FLOAT16, FLOAT32, QuantScheme, QuantTensor
+from lorgnette.quantize.scheme import (
+    FLOAT16,
+    FLOAT32,
+    Activations,
+    QuantScheme,
+    QuantTensor,
+)
 
 GROUP = 32
 
 
-def _grouped(bits: int, *, int8_activations: bool) -> QuantScheme:
-    return QuantScheme(bits=bits, group_size=GROUP, int8_activations=int8_activations)
+def _grouped(bits: int, activations: Activations) -> QuantScheme:
+    return QuantScheme(bits=bits, group_size=GROUP, activations=activations)
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,8 @@ PLANS: dict[str, QuantPlan] = {
             "int8",
             "matrices 8-bit in groups of 32, round to nearest",
             (
-                ("vision_encoder/*", _grouped(8, int8_activations=False)),
-                ("*", _grouped(8, int8_activations=True)),
+                ("vision_encoder/*", _grouped(8, "float")),
+                ("*", _grouped(8, "int8_group")),
             ),
         ),
         QuantPlan(
@@ -61,8 +67,8 @@ PLANS: dict[str, QuantPlan] = {
             "decoder, head and embedding 4-bit, vision encoder 8-bit, groups of 32, "
             "round to nearest",
             (
-                ("vision_encoder/*", _grouped(8, int8_activations=False)),
-                ("*", _grouped(4, int8_activations=True)),
+                ("vision_encoder/*", _grouped(8, "float")),
+                ("*", _grouped(4, "int8_group")),
             ),
         ),
     )

@@ -3,37 +3,61 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lorgnette.spec import Frozen
 
+Activations = Literal["float", "int8_group", "int8_token"]
+"""How the inputs of a multiplication are rounded as they come: not at all; to 8 bits with a scale
+for each position and each group of the weight's columns; or for each position."""
+
 
 class QuantScheme(Frozen, frozen=True):
     """How one weight is stored and multiplied.
 
-    `bits` 32 and 16 are floats; 8 and 4 are integers in groups of `group_size` along the input
-    axis, symmetric around zero, one float32 scale a group. `int8_activations` lets an engine
-    round the activations of each multiplication to 8 bits, which is what makes decoding fast.
+    `bits` 32 and 16 are floats; less are integers in groups of `group_size` along the input axis,
+    one float32 scale a group. A `group_size` of 0 is a whole row: one scale an output channel.
+    Symmetric schemes have zero in the middle of their codes, others a zero point a group.
     """
 
     bits: int
     group_size: int = 0
-    int8_activations: bool = False
+    symmetric: bool = True
+    activations: Activations = "float"
 
     @property
     def is_integer(self) -> bool:
         """Whether the weight is stored as integer codes."""
         return self.bits < 16
 
-    def stored_bytes(self, elements: int) -> int:
-        """Bytes that `elements` weights take, scales included.
-
-        Columns that do not fill a row's last group count as if they did: they are stored so.
+    @property
+    def form(self) -> str:
+        """How the weight is stored, in short: `int4g32`, `int8c` by channel, `int4g32z` with
+        zero points, `float16`.
         """
-        scales = 4 * (elements // self.group_size) if self.is_integer else 0
-        return elements * self.bits // 8 + scales
+        if not self.is_integer:
+            return f"float{self.bits}"
+        groups = f"g{self.group_size}" if self.group_size else "c"
+        return f"int{self.bits}{groups}{'' if self.symmetric else 'z'}"
+
+    def groups(self, columns: int) -> int:
+        """Groups of a row of so many columns, the last one perhaps not full."""
+        return -(-columns // self.group_size) if self.group_size else 1
+
+    def padded(self, columns: int) -> int:
+        """Columns that are stored for a row: its groups filled up."""
+        return self.groups(columns) * self.group_size if self.group_size else columns
+
+    def stored_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of a matrix with its scales and zero points, unpadded but for whole groups."""
+        if not self.is_integer:
+            return rows * columns * self.bits // 8
+        codes = rows * self.padded(columns) * self.bits // 8
+        scales = 4 * rows * self.groups(columns)
+        return codes + scales + (0 if self.symmetric else rows * self.groups(columns))
 
 
 FLOAT32 = QuantScheme(bits=32)
@@ -42,34 +66,41 @@ FLOAT16 = QuantScheme(bits=16)
 
 @dataclass(frozen=True)
 class QuantTensor:
-    """A quantised matrix: weight = (code - zero_point) * scale.
+    """A quantised matrix: weight = (code - zero point) * scale.
 
     Attributes:
         codes: uint8 `[rows, groups * group_size]`, values 0 .. 2**bits - 1, not packed; where
             the columns do not fill the last group it ends in codes that mean zero.
         scales: float32 `[rows, groups]`.
+        zero_points: uint8 `[rows, groups]`, the codes that mean 0; of symmetric schemes all
+            2 ** (bits - 1).
         columns: Columns of the weight.
-        zero_point: The code that means 0, the same everywhere: 2 ** (bits - 1).
         scheme: What it was made for.
     """
 
     codes: NDArray[np.uint8]
     scales: NDArray[np.float32]
+    zero_points: NDArray[np.uint8]
     columns: int
-    zero_point: int
     scheme: QuantScheme
 
     def dequantize(self) -> NDArray[np.float32]:
         """The weights that the codes stand for, float32 `[rows, columns]`."""
-        rows = self.codes.shape[0]
-        grouped = self.codes.reshape(rows, -1, self.scheme.group_size).astype(np.float32)
-        weights = (grouped - np.float32(self.zero_point)) * self.scales[:, :, None]
-        return weights.reshape(rows, -1)[:, : self.columns]
+        rows, groups = self.scales.shape
+        codes = self.codes.reshape(rows, groups, -1).astype(np.float32)
+        codes -= self.zero_points[:, :, None]
+        codes *= self.scales[:, :, None]
+        return codes.reshape(rows, -1)[:, : self.columns]
 
 
 def grouped(weight: NDArray[np.float32], group_size: int) -> NDArray[np.float32]:
-    """`[rows, columns]` as `[rows, groups, group_size]`, the last group filled up with zeros."""
+    """`[rows, columns]` as `[rows, groups, group_size]`, the last group filled up with zeros.
+
+    A `group_size` of 0 is a whole row.
+    """
     rows, columns = weight.shape
+    if not group_size:
+        return weight.reshape(rows, 1, columns)
     missing = -columns % group_size
     padded = np.pad(weight, ((0, 0), (0, missing))) if missing else weight
     return padded.reshape(rows, -1, group_size)

@@ -20,7 +20,7 @@ from lorgnette.export.component import Component, TensorSpec
 from lorgnette.export.trace import build_module, trace
 from lorgnette.export.weights import WeightSource, module_shapes
 from lorgnette.quantize.plan import PLANS, QuantPlan
-from lorgnette.quantize.scheme import QuantScheme
+from lorgnette.quantize.scheme import Activations, QuantScheme
 from lorgnette.targets.onnx.lowering import OnnxCpu
 from lorgnette.targets.target import LoweredComponent
 from tests.helpers import write_weights
@@ -134,9 +134,9 @@ def draw(*shape: int) -> Array:
     return np.random.default_rng(7).standard_normal(shape, dtype=np.float32)
 
 
-def plan_of(bits: int, group: int = 32, *, int8_activations: bool = False) -> QuantPlan:
+def plan_of(bits: int, group: int = 32, *, activations: Activations = "float") -> QuantPlan:
     """A plan of one integer scheme."""
-    scheme = QuantScheme(bits=bits, group_size=group, int8_activations=int8_activations)
+    scheme = QuantScheme(bits=bits, group_size=group, activations=activations)
     return QuantPlan("one", "one scheme for all", (("*", scheme),))
 
 

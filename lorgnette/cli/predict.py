@@ -91,14 +91,13 @@ def _blobs(shape: tuple[int, ...], scheme: QuantScheme | None) -> list[tuple[str
     """What one parameter stores: codes and scales of an integer matrix, else one array."""
     elements = math.prod(shape)
     if scheme is None:
-        return [("32", elements * FLOAT32_BYTES)]
-    if not scheme.is_integer:
-        return [(str(scheme.bits), scheme.stored_bytes(elements))]
+        return [("float32", elements * FLOAT32_BYTES)]
     rows, columns = shape
-    padded = rows * -(-columns // scheme.group_size) * scheme.group_size
-    codes = padded * scheme.bits // 8
-    form = f"{scheme.bits}g{scheme.group_size}"
-    return [(f"{form}.codes", codes), (f"{form}.scales", scheme.stored_bytes(padded) - codes)]
+    stored = scheme.stored_bytes(rows, columns)
+    if not scheme.is_integer:
+        return [(scheme.form, stored)]
+    scales = rows * scheme.groups(columns) * FLOAT32_BYTES
+    return [(f"{scheme.form}.codes", stored - scales), (f"{scheme.form}.scales", scales)]
 
 
 def checkpoint_weight_bytes(parts: Parts) -> dict[str, int]:

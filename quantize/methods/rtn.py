@@ -31,4 +31,5 @@ def quantize(weight: NDArray[np.float32], scheme: QuantScheme) -> QuantTensor:
     np.rint(codes, out=codes)
     codes += half
     np.clip(codes, 0, 2 * half - 1, out=codes)
-    return QuantTensor(codes.astype(np.uint8).reshape(rows, -1), scales, columns, half, scheme)
+    middles = np.full(scales.shape, half, np.uint8)
+    return QuantTensor(codes.astype(np.uint8).reshape(rows, -1), scales, middles, columns, scheme)

@@ -139,7 +139,7 @@ class GraphBuilder:
             Codes (uint8) and scales (float32 `[rows, groups]`).
         """
         rows, columns = self._source.shapes[parameter]
-        groups = -(-columns // scheme.group_size)
+        groups = scheme.groups(columns)
         made: list[QuantTensor] = []
 
         def quantized() -> QuantTensor:
@@ -147,7 +147,7 @@ class GraphBuilder:
                 made.append(self._plan.quantize(self._source.array(parameter), scheme))
             return made[0]
 
-        form = f"int{scheme.bits}g{scheme.group_size}"
+        form = scheme.form
         group_bytes = scheme.group_size * scheme.bits // 8
         codes = self._stored(
             parameter,

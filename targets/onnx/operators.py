@@ -50,7 +50,7 @@ def _grouped_matmul(
         "bits": scheme.bits,
         "block_size": scheme.group_size,
         # 4: multiply in int8; 1: in float32. Source: onnxruntime's operator documentation.
-        "accuracy_level": 4 if scheme.int8_activations else 1,
+        "accuracy_level": 4 if scheme.activations == "int8_group" else 1,
     }
     (out,) = builder.node("MatMulNBits", [x, codes, scales], attributes, domain=CONTRIB)
     return out

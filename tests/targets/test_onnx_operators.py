@@ -65,7 +65,7 @@ def test_grouped_matmul(tmp_path: Path, columns: int, rows: int, group: int, bit
 def test_grouped_matmul_with_rounded_activations(tmp_path: Path, columns: int, bits: int) -> None:
     component = of_width(lambda: nn.Linear(columns, 16, bias=False), columns)
     weights = weights_of(component)
-    plan = plan_of(bits, int8_activations=True)
+    plan = plan_of(bits, activations="int8_group")
     lowered = lower(tmp_path, component, weights, plan)
     made = rtn.quantize(weights["weight"].numpy(), plan.scheme_for("decoder", "weight"))
     matrix = np.abs(made.dequantize()).astype(np.float64)
