@@ -35,8 +35,9 @@ class QuantScheme(Frozen, frozen=True):
 
     @property
     def form(self) -> str:
-        """How the weight is stored, in short: `int4g32`, `int8c` by channel, `int4g32z` with
-        zero points, `float16`.
+        """How the weight is stored, in short.
+
+        `int4g32` in groups, `int8c` by channel, `int4g32z` with zero points, `float16`.
         """
         if not self.is_integer:
             return f"float{self.bits}"
