@@ -24,6 +24,7 @@ from lorgnette.export.check import (
 from lorgnette.export.checkpoint import Checkpoint
 from lorgnette.export.component import Component, TensorSpec
 from lorgnette.export.families import find_family, open_checkpoint
+from lorgnette.export.matrices import matrices_of
 from lorgnette.export.tokenizer_files import read_tokenizer_json
 from lorgnette.export.trace import build_module, trace
 from lorgnette.export.weights import WeightSource, check_all_used, module_shapes
@@ -85,7 +86,7 @@ def export(
     plan, target = find_plan(recipe.quant), find_target(recipe.target)
     parts = read_parts(open_checkpoint(checkpoint_path, vision), recipe)
     golden_prompt(parts, golden_picture())  # refuses a context that is too small
-    problems = target.check(parts.spec, plan)
+    problems = target.check(matrices_of(parts.components), plan)
     if problems:
         raise ConfigError(f"cannot lower to {target.name}", got="; ".join(problems))
     with writing(out, replace=replace) as folder:

@@ -43,7 +43,8 @@ class QuantizedSource(WeightSource):
         if scheme.bits == 16:
             return value.to(torch.float16).to(torch.float32)
         if scheme.is_integer:
-            return torch.from_numpy(self._plan.quantize(value.numpy(), scheme).dequantize())
+            made = self._plan.quantize(self._component, name, value.numpy())
+            return torch.from_numpy(made.dequantize())
         return value
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnxruntime
 import pytest
@@ -14,8 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lorgnette.quantize.plan import PLANS, QuantPlan
-from lorgnette.quantize.scheme import QuantScheme
+from lorgnette.quantize.plan import PLANS, QuantPlan, Rule
 from lorgnette.targets.onnx.lowering import OnnxCpu
 from lorgnette.targets.target import LoweredComponent
 from tests.eager import Eager, prompt_ids, random_tiles
@@ -39,8 +39,8 @@ MODELS: dict[str, Config] = {
 def exact(plan: QuantPlan) -> QuantPlan:
     """The same codes, multiplied in float32: what an engine must then give is known closely."""
     rules = tuple(
-        (pattern, QuantScheme(bits=scheme.bits, group_size=scheme.group_size))
-        for pattern, scheme in plan.rules
+        Rule(rule.select, msgspec.structs.replace(rule.scheme, activations="float"), rule.method)
+        for rule in plan.rules
     )
     return QuantPlan(plan.name, plan.summary, rules)
 
@@ -265,7 +265,7 @@ def test_operators_are_the_fused_ones(graphs: Graphs) -> None:
     assert decoder["com.microsoft::GroupQueryAttention"] == layers
     assert decoder["com.microsoft::SkipSimplifiedLayerNormalization"] == 2 * layers - 1
     assert decoder["ai.onnx::SimplifiedLayerNormalization"] == 2
-    kept_whole = graphs.eager.plan.rules[-1][1].is_integer
+    kept_whole = graphs.eager.plan.rules[-1].scheme.is_integer
     matmul = "com.microsoft::MatMulNBits" if kept_whole else "com.microsoft::FusedMatMul"
     assert decoder[matmul] == 4 * layers + 1
     assert vision[matmul] == 6 * spec.vision.layers + 2
