@@ -81,4 +81,6 @@ def _solve(target: Groups, codes: Groups, scales: NDArray[np.float32]) -> NDArra
     """The scale of least squares with the codes held; the old one where there is none."""
     along = np.einsum("rgs,rgs->rg", target, codes)
     square = np.einsum("rgs,rgs->rg", codes, codes)
-    return np.divide(along, square, out=scales.copy(), where=(square > 0) & (along > 0))
+    solved = scales.copy()
+    np.divide(along, square, out=solved, where=(square > 0) & (along > 0))
+    return solved

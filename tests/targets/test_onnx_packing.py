@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +52,8 @@ def unpacked(packed: Bytes, bits: int, count: int) -> Bytes:
     rows = packed.reshape(len(packed), -1)
     stream = np.unpackbits(rows, axis=1, bitorder="little")[:, : count * bits]
     weights = 1 << np.arange(bits)
-    return (stream.reshape(len(rows), count, bits) * weights).sum(axis=2).astype(np.uint8)
+    codes: Bytes = (stream.reshape(len(rows), count, bits) * weights).sum(axis=2).astype(np.uint8)
+    return codes
 
 
 def plan_for(scheme: QuantScheme, method: str = "rtn") -> QuantPlan:
@@ -125,6 +129,55 @@ def test_codes_are_those_of_the_rules_method(tmp_path: Path, method: str) -> Non
     made = load_method(method).quantize(weights["weight"].numpy(), plan.rules[0].scheme)
     assert np.array_equal(unpacked(stored["codes"].astype(np.uint8), 4, 64), made.codes)
     assert np.array_equal(stored["scales"], made.scales)
+
+
+RUN = """
+import sys
+import numpy, onnxruntime
+for folder in sys.argv[1:]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(
+        folder + "/graph.onnx", options, providers=["CPUExecutionProvider"]
+    )
+    name = session.get_inputs()[0].name
+    out = session.run(None, {name: numpy.load(folder + "/in.npy")})[0]
+    numpy.save(folder + "/out.npy", out)
+print(onnxruntime.__version__)
+"""
+
+
+def test_the_oldest_engine_gathers_and_multiplies_all_of_it(
+    tmp_path: Path, ort_floor_env: dict[str, str]
+) -> None:
+    """What the target says it carries, in the oldest engine that it says it runs in."""
+    wanted: dict[Path, NDArray[np.float64]] = {}
+    x, ids = draw(1, 3, 328), np.array([[0, 5, 69, 17]])
+    for table in (False, True):
+        component = table_of(256) if table else of_width(lambda: nn.Linear(328, 9, bias=False), 328)
+        for scheme in gathered if table else multiplied:
+            folder = tmp_path / f"{scheme.form}{scheme.activations}{table}"
+            weights = weights_of(component)
+            lowered = lower(folder, component, weights, plan_for(scheme))
+            shutil.copytree(lowered.folder / "graphs", folder, dirs_exist_ok=True)
+            (folder / Path(lowered.report.graph).name).rename(folder / "graph.onnx")
+            np.save(folder / "in.npy", ids if table else x)
+            matrix = load_method("rtn").quantize(weights["weight"].numpy(), scheme).dequantize()
+            exact = matrix.astype(np.float64)
+            wanted[folder] = exact[ids] if table else x.astype(np.float64) @ exact.T
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *map(str, wanted)],
+        env=ort_floor_env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == OnnxCpu.capabilities.engine_min_version
+    for folder, out in wanted.items():
+        error = np.linalg.norm(np.load(folder / "out.npy") - out) / np.linalg.norm(out)
+        assert error < (0.05 if "int8_group" in folder.name else 1e-6), folder.name
 
 
 # A table that is the head, too
