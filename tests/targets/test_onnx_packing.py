@@ -180,6 +180,27 @@ def test_the_oldest_engine_gathers_and_multiplies_all_of_it(
         assert error < (0.05 if "int8_group" in folder.name else 1e-6), folder.name
 
 
+@pytest.mark.parametrize(
+    ("rules", "kept"),
+    [
+        ((Rule("decoder/*", QuantScheme(bits=4, group_size=32)),), {"weight"}),
+        ((Rule("decoder/*", QuantScheme(bits=32)),), set()),
+        ((Rule("vision_encoder/*", QuantScheme(bits=4, group_size=32)),), set()),
+    ],
+    ids=["integers", "float", "no rule"],
+)
+def test_a_kernel_that_a_rule_wanted_as_integers_is_told(
+    tmp_path: Path, rules: tuple[Rule, ...], kept: set[str]
+) -> None:
+    component = single(
+        lambda: nn.Conv2d(3, 4, 2, bias=False),
+        (TensorSpec("x", torch.float32, (1, 3, 6, 6)),),
+        (TensorSpec("y", torch.float32, (1, 4, 5, 5)),),
+    )
+    lowered = lower(tmp_path, component, weights_of(component), QuantPlan("p", "", rules))
+    assert set(lowered.report.kept_in_float) == kept
+
+
 # A table that is the head, too
 
 

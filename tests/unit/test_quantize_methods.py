@@ -204,6 +204,15 @@ def test_the_least_error_is_that_of_a_search_without_end() -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
+def test_no_group_of_many_is_worse_than_by_round_to_nearest(symmetric: bool) -> None:
+    """Of 8 bits the steps tried alone would be worse in every sixth group."""
+    weight = np.random.default_rng(0).standard_normal((200, 128)).astype(np.float32)
+    scheme = QuantScheme(bits=8, group_size=16, symmetric=symmetric)
+    found = squared_errors(weight, quantized("mse", weight, scheme))
+    assert (found <= squared_errors(weight, quantized("rtn", weight, scheme)) * 1.0001).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
 def test_the_search_helps_most_where_there_are_outliers(symmetric: bool) -> None:
     """One outlier takes all codes from the others, unless there is a scale of its own for it."""
     scheme = QuantScheme(bits=2, group_size=128, symmetric=symmetric)
