@@ -31,6 +31,7 @@ from lorgnette.recipe import Recipe
 from lorgnette.runtime.golden import read_golden
 from lorgnette.runtime.preprocess import prepare
 from lorgnette.targets.onnx import operators
+from lorgnette.targets.onnx.arguments import Known, graph_value
 from lorgnette.targets.onnx.graph import GraphBuilder
 
 CHECKPOINT = Path(__file__).parents[1] / "zoo" / "checkpoints" / "smolvlm-tiny"
@@ -86,28 +87,24 @@ def test_steps_are_told_in_order(tmp_path: Path) -> None:
 # What does not agree
 
 
-def gelu(builder: GraphBuilder, node: torch.fx.Node, known: operators.Known) -> object:
+def gelu(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> object:
     """Another activation of nearly the same shape."""
-    value = operators._value(builder, known, node.args[0])
+    value = graph_value(builder, known, node.args[0])
     return builder.node("Gelu", [value], {"approximate": "none"})[0]
 
 
-def linear_without_bias(
-    builder: GraphBuilder, node: torch.fx.Node, known: operators.Known
-) -> object:
+def linear_without_bias(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> object:
     bare = SimpleNamespace(args=node.args[:2], meta=node.meta, name=node.name)
     return operators.linear(builder, bare, known)  # type: ignore[arg-type]
 
 
-def other_epsilon(builder: GraphBuilder, node: torch.fx.Node, known: operators.Known) -> object:
-    values = [operators._value(builder, known, argument) for argument in node.args[::2][:2]]
+def other_epsilon(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> object:
+    values = [graph_value(builder, known, argument) for argument in node.args[::2][:2]]
     attributes = {"axis": -1, "epsilon": 1e-2, "stash_type": 1}
     return builder.node("SimplifiedLayerNormalization", values, attributes)[0]
 
 
-def attention_without_rotation(
-    builder: GraphBuilder, node: torch.fx.Node, known: operators.Known
-) -> object:
+def attention_without_rotation(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> object:
     outputs = operators.cached_attention(builder, node, known)
     made = outputs[0].producer()
     assert made is not None
