@@ -91,7 +91,7 @@ def open_files(path: str | Path) -> Checkpoint:
         CheckpointError: The directory, a file of it or a shard is missing, damaged or hostile.
     """
     root = Path(path)
-    if root.suffix == ".gguf" and not root.is_dir():
+    if root.suffix.lower() == ".gguf" and not root.is_dir():
         return _open_gguf(root)
     if not root.is_dir():
         raise CheckpointError(

@@ -136,7 +136,7 @@ def read_stop_ids(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[int, ...]:
     for name, values in sources:
         value = values.get("eos_token_id")
         ids = value if isinstance(value, list) else [value] if value is not None else []
-        if ids and all(isinstance(i, int) and 0 <= i < spec.text.vocab_size for i in ids):
+        if ids and all(type(i) is int and 0 <= i < spec.text.vocab_size for i in ids):
             return tuple(sorted(set(ids)))
         if ids:
             raise ConfigError(

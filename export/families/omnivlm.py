@@ -124,7 +124,7 @@ def _gguf_config(decoder: Checkpoint, tower: Checkpoint) -> dict[str, Any]:
             got=projected,
             wanted=f"{text['hidden_size']}, the embedding length of {decoder.path.name}",
         )
-    if vision["hidden_size"] < 1 or joined % vision["hidden_size"]:
+    if joined % vision["hidden_size"]:
         raise CheckpointError(
             "columns of mm.0.weight are no multiple of the tower's width",
             where=tower.path,
