@@ -1,7 +1,8 @@
 """Checkpoints of MobileVLM and OmniVLM with what somebody else makes of a request to them.
 
-They are tiny, or of a published size. Prompt ids are made with the libraries of the tokenizers, pixels with Pillow, image tokens and
-answers with transformers around independent projectors. Weights are random.
+They are tiny, or of a published size. Prompt ids are made with the libraries of the tokenizers,
+pixels with Pillow, image tokens and answers with transformers around independent projectors.
+Weights are random.
 """
 
 from __future__ import annotations
