@@ -1,7 +1,8 @@
-"""Tiny checkpoints of MobileVLM and OmniVLM with what somebody else makes of a request to them.
+"""Checkpoints of MobileVLM and OmniVLM with what somebody else makes of a request to them.
 
-Prompt ids are made with the libraries of the tokenizers, pixels with Pillow, image tokens and
-answers with transformers around independent projectors. Weights are random.
+They are tiny, or of a published size. Prompt ids are made with the libraries of the tokenizers,
+pixels with Pillow, image tokens and answers with transformers around independent projectors.
+Weights are random.
 """
 
 from __future__ import annotations
@@ -22,9 +23,15 @@ from lorgnette.recipe import Recipe
 from lorgnette.runtime.model import Model, open_model
 from tests import make_mobilevlm as mobilevlm
 from tests import make_omnivlm as omnivlm
-from tests.composed_oracle import ComposedOracle, mobilevlm_oracle, omnivlm_oracle, read_weights
+from tests.composed_oracle import (
+    ComposedOracle,
+    mobilevlm_oracle,
+    omnivlm_oracle,
+    read_json,
+    read_weights,
+)
 from tests.helpers import Config
-from tests.make_mobilevlm import TINY_CLIP, make_mobilevlm
+from tests.make_mobilevlm import CLIP_L_336, TINY_CLIP, make_mobilevlm
 from tests.make_omnivlm import make_gguf_pair, make_omnivlm
 
 Pixels = NDArray[np.uint8]
@@ -35,17 +42,25 @@ class MobileVlm:
     """A MobileVLM checkpoint as published, pytorch_model.bin and tokenizer.model."""
 
     projector: str
+    published: str | None = None
     stops = (2,)
 
     @cached_property
     def config(self) -> Config:
-        return mobilevlm.tiny_config(self.projector)
+        if self.published is None:
+            return mobilevlm.tiny_config(self.projector)
+        return read_json(mobilevlm.CONFIGS / f"{self.published}.json")
+
+    @property
+    def clip(self) -> Config:
+        return TINY_CLIP if self.published is None else CLIP_L_336
 
     def make(self, folder: Path) -> Path:
-        return make_mobilevlm(folder, self.config)
+        dtype: mobilevlm.DtypeName = "float32" if self.published is None else "bfloat16"
+        return make_mobilevlm(folder, self.config, self.clip, dtype=dtype)
 
     def oracle(self, checkpoint: Path) -> ComposedOracle:
-        return mobilevlm_oracle(self.config, TINY_CLIP, read_weights(checkpoint))
+        return mobilevlm_oracle(self.config, self.clip, read_weights(checkpoint))
 
     def tile(self, picture: Pixels) -> Pixels:
         """The picture in the middle of a square of CLIP's mean colour, resized."""
@@ -53,7 +68,8 @@ class MobileVlm:
         side = max(image.size)
         square = Image.new("RGB", (side, side), (122, 116, 104))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        return planes(square.resize((48, 48), Image.Resampling.BICUBIC))
+        edge = self.clip["image_size"]
+        return planes(square.resize((edge, edge), Image.Resampling.BICUBIC))
 
     def ids(self, question: str) -> list[int]:
         """Vicuna's conversation; the text on each side of the picture is encoded by itself."""
@@ -63,7 +79,8 @@ class MobileVlm:
             "gives helpful, detailed, and polite answers to the user's questions. USER: "
         )
         behind = f"\n{question} ASSISTANT:"
-        return [1, *model.encode(before), *[0] * 16, *model.encode(behind)]
+        count = (self.clip["image_size"] // self.clip["patch_size"]) ** 2 // 4
+        return [1, *model.encode(before), *[0] * count, *model.encode(behind)]
 
 
 @dataclass(frozen=True)
@@ -72,10 +89,19 @@ class OmniVlm:
 
     group: int = 9
     kind: omnivlm.Quantisation | None = None
+    published: str | None = None
 
     @cached_property
     def config(self) -> Config:
-        return omnivlm.tiny_config(self.group)
+        if self.published is None:
+            return omnivlm.tiny_config(self.group)
+        return omnivlm.published_config(omnivlm.CONFIGS / f"{self.published}.json")
+
+    @property
+    def tokens(self) -> int:
+        vision = self.config["vision_config"]
+        count: int = (vision["image_size"] // vision["patch_size"]) ** 2 // self.group
+        return count
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -103,14 +129,15 @@ class OmniVlm:
 
     def tile(self, picture: Pixels) -> Pixels:
         """The picture stretched to a square."""
-        return planes(Image.fromarray(picture).resize((76, 76), Image.Resampling.BICUBIC))
+        edge = self.config["vision_config"]["image_size"]
+        return planes(Image.fromarray(picture).resize((edge, edge), Image.Resampling.BICUBIC))
 
     def ids(self, question: str) -> list[int]:
         """ChatML without a header for the answer, encoded as one text."""
         text = (
             "<|im_start|>system\nYou are Nano-Omni-VLM, created by Nexa AI. You are a helpful "
             "assistant.<|im_end|>\n<|im_start|>user\n\n<|vision_start|>"
-            + "<|image_pad|>" * (81 // self.group)
+            + "<|image_pad|>" * self.tokens
             + f"<|vision_end|>{question}<|im_end|>"
         )
         found: list[int] = omnivlm.qwen2_tokenizer().encode(text, add_special_tokens=False).ids
