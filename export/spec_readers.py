@@ -140,10 +140,10 @@ def read_stop_ids(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[int, ...]:
             return tuple(sorted(set(ids)))
         if ids:
             raise ConfigError(
-                "eos_token_id is outside the vocabulary", where=checkpoint.path / name, got=value
+                "eos_token_id is outside the vocabulary", where=checkpoint.place(name), got=value
             )
     raise ConfigError(
-        "no eos_token_id, so no answer would end", where=checkpoint.path / "generation_config.json"
+        "no eos_token_id, so no answer would end", where=checkpoint.place("generation_config.json")
     )
 
 

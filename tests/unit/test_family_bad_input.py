@@ -243,7 +243,8 @@ def test_a_gguf_answer_that_would_not_end(
 ) -> None:
     pair = copy_of("pair")
     edit_gguf(pair / DECODER, {"tokenizer.ggml.eos_token_id": token_id})
-    refused(tmp_path, pair, words=("eos_token_id", DECODER))
+    line = refused(tmp_path, pair, words=("eos_token_id", DECODER))
+    assert f".gguf{os.sep}" not in line
 
 
 @pytest.mark.parametrize("key", ["tokens", "token_type", "merges", "model", "pre"])
@@ -361,7 +362,8 @@ def test_gguf_tensors_that_are_not_the_models(
 ) -> None:
     pair = copy_of("pair")
     edit_gguf(pair / file, tensor=change)
-    refused(tmp_path, pair, words=(word,))
+    line = refused(tmp_path, pair, words=(word,))
+    assert "unknown" not in word or file in line
 
 
 def test_folders_in_which_the_files_cannot_be_told(
@@ -431,6 +433,7 @@ def test_gguf_keys_that_no_model_has(
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
     known = [key, *(name for part, name in RENAMED.items() if key.endswith(part))]
     assert any(name in line for name in known), line
+    assert f".gguf{os.sep}" not in line  # no file inside a file
 
 
 def test_an_error_is_short_whatever_a_file_holds(
