@@ -46,7 +46,7 @@ SIZES = [(1, 1), (300, 7), (9, 200), (64, 48), (48, 48), (90, 91)]
 QUICK = {
     "mobilevlm-v1": ("fp32", "int4"),
     "mobilevlm-v2": ("fp32", "fp16", "int8", "int4"),
-    "omnivlm": ("fp32", "fp16", "int8", "int4"),
+    "omnivlm": ("fp32", "int8", "int4"),
     "nano-vlm-instruct": ("fp32", "int8"),
     "omnivlm-gguf-F16": ("fp32", "fp16"),
     "omnivlm-gguf-Q8_0": ("fp32", "int4"),
