@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Sequence
 from fractions import Fraction
 
 import pytest
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 from lorgnette.runtime.evaluation.choice import find_choice
 from lorgnette.runtime.evaluation.edit_distance import edit_distance
-from lorgnette.runtime.evaluation.metrics import anls, contains, exact, relaxed, vqa
+from lorgnette.runtime.evaluation.metrics import Metric, anls, contains, exact, relaxed, vqa
 from lorgnette.runtime.evaluation.vqa_text import CONTRACTIONS, normalise
 
 FEW = st.text("ab 1.,'é", max_size=12)
@@ -210,8 +209,8 @@ def test_relaxed_accuracy_is_its_definition(answer: str, wanted: str) -> None:
 @pytest.mark.parametrize(
     ("answer", "accepted", "score"),
     [
-        ("104", ["100"], 1),
-        ("106", ["100"], 0),
+        ("105", ["100"], 1),
+        ("105.1", ["100"], 0),
         ("-104", ["100"], 0),
         ("4%", ["0.04"], 1),
         ("4%", ["4"], 0),
@@ -286,6 +285,6 @@ def test_a_choice_is_an_option_or_none(answer: str, options: dict[str, str]) -> 
 
 @pytest.mark.parametrize("metric", [exact, contains, relaxed, anls, vqa])
 @given(answer=FEW, accepted=ANSWERS)
-def test_scores_lie_between_0_and_1(metric: object, answer: str, accepted: Sequence[str]) -> None:
-    assert 0 <= metric(answer, accepted) <= 1  # type: ignore[operator]
-    assert metric(accepted[0], accepted * 4) in (1, vqa(accepted[0], accepted * 4))  # type: ignore[operator]
+def test_scores_lie_between_0_and_1(metric: Metric, answer: str, accepted: list[str]) -> None:
+    assert 0 <= metric(answer, accepted) <= 1
+    assert metric(accepted[0], [accepted[0]] * 4) == 1
