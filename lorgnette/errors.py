@@ -77,6 +77,10 @@ class RequestError(LorgnetteError):
     """A generation request cannot be served: its arguments or its length are wrong."""
 
 
+class DatasetError(LorgnetteError):
+    """A file of questions, or the answers to it, is damaged or not of its format."""
+
+
 class MissingExtraError(LorgnetteError):
     """An optional part of the package is not installed."""
 
