@@ -17,9 +17,7 @@ from tests.zoo.tokenizer import Tokens
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
 
-def write(
-    out: Path, family: Family, config: Config, weights: Mapping[str, torch.Tensor]
-) -> None:
+def write(out: Path, family: Family, config: Config, weights: Mapping[str, torch.Tensor]) -> None:
     """Write the whole directory; the weights are rounded to fp16.
 
     Shapes:

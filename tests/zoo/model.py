@@ -113,7 +113,11 @@ def vision_layers(
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + _affine(params, layer + "self_attn.out_proj", h)
         h = _affine(params, layer + "mlp.fc1", layer_norm(params, layer + "layer_norm2", x, eps))
-        h = h * torch.sigmoid(1.702 * h) if activation == "quick_gelu" else F.gelu(h, approximate="tanh")
+        h = (
+            h * torch.sigmoid(1.702 * h)
+            if activation == "quick_gelu"
+            else F.gelu(h, approximate="tanh")
+        )
         x = x + _affine(params, layer + "mlp.fc2", h)
     return x
 

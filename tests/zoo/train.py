@@ -45,7 +45,7 @@ where the head is new and would otherwise pull the vision transformer about.
 
 @dataclass(frozen=True)
 class Plan:
-    """What to train and for how long; `images` (or tiles) and `questions` are for each worker and step."""
+    """What to train and for how long; `images` and `questions` are for each worker and step."""
 
     out: Path
     start: Path | None
@@ -62,7 +62,9 @@ class Plan:
     head_file: Path | None
 
 
-def patch_loss(family: Family, params: Params, batch: Batch, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def patch_loss(
+    family: Family, params: Params, batch: Batch, tokens: Tensor
+) -> tuple[Tensor, Tensor]:
     """How well the image tokens tell what each of their patches shows.
 
     Returns:

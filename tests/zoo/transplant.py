@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.zoo import checkpoint
+from tests.zoo.draw import COLOURS, SHAPES
 from tests.zoo.families import FAMILIES
 from tests.zoo.families.base import Family
 from tests.zoo.families.smolvlm import END, EYE, TEXT
 from tests.zoo.model import Params, init_params
-from tests.zoo.questions import NUMBERS, PHRASES
+from tests.zoo.questions import NUMBERS
 from tests.zoo.tokenizer import Tokens
 
 _MARKS = {"</s>": END, "<s>": "<|im_start|>", "<|im_end|>": END}
@@ -79,9 +80,6 @@ def _rows(tokens: Tokens, old: Tokens, matrix: Tensor) -> Tensor:
 
 def _write_answers(rows: Tensor, tokens: Tokens, old: Tokens, head: Tensor) -> None:
     """Give a tied matrix the old head's rows for the pieces that begin an answer."""
-    from tests.zoo.draw import COLOURS, SHAPES
-
-    assert PHRASES
     words = [w.capitalize() for w in (*COLOURS, *SHAPES)] + [n[:-1] for n in NUMBERS]
     for word in [*words, "Yes", "No", "Left", "Right", "Top", "Bottom"]:
         first = tokens.encode(word)[0]

@@ -56,7 +56,11 @@ class MobileVLM(Family):
     model_type = "mobilevlm"
     exam = Exam(("colour", "shape", "position", "count", "exists"), 2.0)
     label_kinds = ("shape", "colour", "middle", "row", "column")
-    outputs = (PROJECTOR + "mlp.mlp.2.weight", PROJECTOR + "mlp.mlp.2.bias", PROJECTOR + "peg.peg.0.bias")
+    outputs = (
+        PROJECTOR + "mlp.mlp.2.weight",
+        PROJECTOR + "mlp.mlp.2.bias",
+        PROJECTOR + "peg.peg.0.bias",
+    )
     untrained = (f"vision_model.encoder.layers.{LAYERS - 1}.", "vision_model.post_layernorm.")
     side = SIZE // PATCH // 2
 
@@ -167,7 +171,10 @@ class MobileVLM(Family):
             EYE + "pre_layrnorm.bias": (d,),
         }
         shapes |= vision_layer_shapes(vision, EYE)
-        shapes |= {PROJECTOR + "mlp.mlp.0.weight": (width, d), PROJECTOR + "mlp.mlp.0.bias": (width,)}
+        shapes |= {
+            PROJECTOR + "mlp.mlp.0.weight": (width, d),
+            PROJECTOR + "mlp.mlp.0.bias": (width,),
+        }
         shapes |= {PROJECTOR + "mlp.mlp.2.weight": (width, width)}
         shapes |= {PROJECTOR + "mlp.mlp.2.bias": (width,)}
         shapes |= {PROJECTOR + "peg.peg.0.weight": (width, 1, 3, 3)}

@@ -49,7 +49,11 @@ OPENING = f"{START}system\n{SYSTEM}{END}\n{START}user\n\n<|vision_start|>"
 REPLY = f"\n{START}assistant\n"
 """The model writes this header itself."""
 PIECES = 544
-EYE, PROJECTOR, TEXT = "vision_tower.vision_model.", "multi_modal_projector.", "language_model.model."
+EYE, PROJECTOR, TEXT = (
+    "vision_tower.vision_model.",
+    "multi_modal_projector.",
+    "language_model.model.",
+)
 
 
 class OmniVLM(Family):
@@ -160,7 +164,11 @@ class OmniVLM(Family):
     def param_shapes(self, config: Config) -> Shapes:
         """Vision, projector and language model."""
         vision, text = config["vision_config"], config["text_config"]
-        d, width, hidden = vision["hidden_size"], text["hidden_size"], config["projector_hidden_size"]
+        d, width, hidden = (
+            vision["hidden_size"],
+            text["hidden_size"],
+            config["projector_hidden_size"],
+        )
         patch = vision["patch_size"]
         patches = (vision["image_size"] // patch) ** 2
         shapes: Shapes = {
@@ -194,8 +202,12 @@ class OmniVLM(Family):
     def prefix(self, tokens: Tokens, config: Config, grid: tuple[int, int]) -> list[int]:
         """System and user header, then the image tokens."""
         del grid
-        count = (config["vision_config"]["image_size"] // config["vision_config"]["patch_size"]) ** 2
-        return tokens.encode(OPENING + PAD * (count // config["projector_group"]) + "<|vision_end|>")
+        count = (
+            config["vision_config"]["image_size"] // config["vision_config"]["patch_size"]
+        ) ** 2
+        return tokens.encode(
+            OPENING + PAD * (count // config["projector_group"]) + "<|vision_end|>"
+        )
 
     def asked(self, tokens: Tokens, question: str) -> list[int]:
         """The question and the end of the user's turn; no header follows."""

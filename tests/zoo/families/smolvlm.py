@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from pathlib import Path
 
-import math
 import numpy as np
 import torch
 import torch.nn.functional as F
