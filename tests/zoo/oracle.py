@@ -135,5 +135,5 @@ def _load(model: Any, weights: Weights) -> None:
 
 def _normalised(picture: Pixels, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """[G, 3, S, S] from uint8."""
-    x = torch.from_numpy(picture.values).permute(0, 3, 1, 2).float() / 255
+    x = torch.tensor(picture.values).permute(0, 3, 1, 2).float() / 255
     return (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)

@@ -79,12 +79,15 @@ class ByteLevel:
 
     def piece_id(self, piece: str) -> int:
         """The id of one piece that exists."""
-        return int(self.inner.token_to_id(piece))
+        found = self.inner.token_to_id(piece)
+        if found is None:
+            raise KeyError(f"zoo: tokenizer: got {piece!r}, wanted a piece of it")
+        return int(found)
 
     def texts(self) -> list[str]:
         """What each id writes; a byte that is no character of its own by its piece."""
         written = [self.inner.decode([i], skip_special_tokens=False) for i in range(self.size)]
-        pieces = [self.inner.id_to_token(i) for i in range(self.size)]
+        pieces = [str(self.inner.id_to_token(i)) for i in range(self.size)]
         return [p if "�" in w else w for w, p in zip(written, pieces, strict=True)]
 
     def save(self, folder: Path) -> None:
@@ -153,7 +156,7 @@ def train_byte_level(
     tokenizer = Tokenizer(models.BPE())
     if qwen:
         tokenizer.normalizer = normalizers.NFC()
-        first = pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated")
+        first: pre_tokenizers.PreTokenizer = pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated")
     else:
         first = pre_tokenizers.Digits(individual_digits=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -27,7 +27,7 @@ from tests.zoo.model import (
     vision_layer_shapes,
     vision_layers,
 )
-from tests.zoo.questions import Exam
+from tests.zoo.questions import PHRASES, Exam
 from tests.zoo.tokenizer import SentencePiece, Tokens, sentences, train_sentencepiece
 
 SIZE, PATCH = 144, 6
@@ -45,6 +45,8 @@ OPENING = f"{SYSTEM} USER: "
 IMAGE_ID = -200
 """As in the published code: no id of the tokenizer."""
 PIECES = 640
+PRINTABLE = "".join(map(chr, range(33, 127)))
+"""So that every printable character has a piece."""
 TOWER, EYE = "vision_tower", "model.vision_tower.vision_tower.vision_model."
 PROJECTOR = projector_oracle.MOBILEVLM
 
@@ -68,7 +70,13 @@ class MobileVLM(Family):
     def train_tokenizer(self) -> SentencePiece:
         """BPE with byte fallback."""
         words = [OPENING, "ASSISTANT:"] * 50
-        return train_sentencepiece([*words, *sentences("")], PIECES)
+        # A question follows a line break, without a space; the trainer knows no line breaks.
+        firsts = {phrase.split()[0] for phrases in PHRASES.values() for phrase in phrases}
+        words += [f"({word}" for word in sorted(firsts)] * 50
+        text = list(sentences(""))
+        # Answers stand once each among thousands of questions; each word is to be one piece.
+        words += [answer for answer in text if " " not in answer] * 50
+        return train_sentencepiece([PRINTABLE, *words, *text], PIECES)
 
     def load_tokenizer(self, folder: Path) -> SentencePiece:
         """From tokenizer.model."""
