@@ -129,6 +129,55 @@ def test_transplant_keeps_what_fits(family: object) -> None:
     assert torch.equal(ours, repeated)
 
 
+class _Norm(torch.nn.LayerNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def _residual_block(width: int, stride: int) -> torch.nn.Module:
+    """The published block out of torch's own modules, with the published names inside."""
+    nn = torch.nn
+    squeeze = nn.Sequential()
+    squeeze.add_module("fc1", nn.Conv2d(width, width // 4, 1))
+    squeeze.add_module("fc2", nn.Conv2d(width // 4, width, 1))
+    deep = nn.Conv2d(width, width, 3, stride, 1, groups=width, bias=False)
+    point = nn.Conv2d(width, width, 1, bias=False)
+    return nn.Sequential(
+        nn.Sequential(deep, _Norm(width), nn.Hardswish()),
+        squeeze,
+        nn.Sequential(point, _Norm(width)),
+    )
+
+
+def test_ldp_equals_torchs_modules() -> None:
+    torch.manual_seed(0)
+    nn = torch.nn
+    mlp = nn.Sequential(nn.Identity(), nn.Linear(5, 8), nn.GELU(), nn.Linear(8, 8))
+    first, second = _residual_block(8, 1), _residual_block(8, 2)
+    tensors: dict[str, torch.Tensor] = {}
+    parts = {"mlp.": mlp, "mb_block.1.block.": first, "mb_block.2.block.": second}
+    for at, part in parts.items():
+        for name, value in part.state_dict().items():
+            value += 0.3 * torch.randn_like(value)
+            tensors[f"model.mm_projector.model.{at}{name}"] = value
+
+    def run(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        deep, squeeze, point = block.children()
+        x = deep(x)
+        fc1, fc2 = squeeze.children()
+        gate = nn.Hardsigmoid()(fc2(nn.ReLU()(fc1(nn.AdaptiveAvgPool2d(1)(x)))))
+        out: torch.Tensor = point(x * gate)
+        return out
+
+    features = torch.randn(2, 36, 5)
+    with torch.no_grad():
+        x = mlp(features).transpose(1, 2).view(2, 8, 6, 6)
+        wanted = run(second, x + run(first, x)).flatten(2).transpose(1, 2)
+    got = projector_oracle.ldp(tensors, features)
+    assert got.shape == (2, 9, 8)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_ldp_v2_by_loops() -> None:
     """A second reading of the projector, one token at a time."""
     generator = torch.Generator().manual_seed(0)
