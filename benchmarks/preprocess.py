@@ -1,6 +1,9 @@
 """Times our preprocessing against Pillow and against transformers' image processor.
 
-    python benchmarks/preprocess.py [--rounds N] [--size WIDTHxHEIGHT ...] [--tile 512|384] [--json]
+    python -m benchmarks.preprocess [--kind tiles|pad|stretch] [--tile 512|384]
+        [--rounds N] [--size WIDTHxHEIGHT ...] [--json]
+
+`tiles` is SmolVLM's way, `pad` MobileVLM's with its 336 pixels and `stretch` OmniVLM's with 384.
 
 Three comparisons a picture, each timed in turns so that a busy machine slows both sides alike;
 medians, and reference time over ours (above 1: ours is faster):
@@ -24,19 +27,41 @@ from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from lorgnette.runtime import resample
 from lorgnette.runtime.preprocess import pixel_values, prepare, resize_steps
-from lorgnette.spec import TilePreprocess
+from lorgnette.spec import Preprocess, SquarePreprocess, TilePreprocess
 
 SIZES = ("640x427", "3000x2000", "448x172")
 Pair = tuple[Callable[[], object], Callable[[], object]]
 
 
-def spec_for(tile: int) -> TilePreprocess:
-    """The published preprocessing of the models with tiles of that size."""
+def spec_for(kind: str, tile: int) -> Preprocess:
+    """The published preprocessing; SmolVLM's of the models with tiles of that size."""
     half = (0.5, 0.5, 0.5)
+    if kind == "pad":
+        return SquarePreprocess(
+            tile_size=336,
+            fit="pad",
+            background=(122, 116, 104),
+            resample="bicubic",
+            rescale=1 / 255,
+            mean=(0.48145466, 0.4578275, 0.40821073),
+            std=(0.26862954, 0.26130258, 0.27577711),
+        )
+    if kind == "stretch":
+        return SquarePreprocess(
+            tile_size=384,
+            fit="stretch",
+            background=(0, 0, 0),
+            resample="bicubic",
+            rescale=1 / 255,
+            mean=half,
+            std=half,
+        )
     return TilePreprocess(
         tile_size=tile,
         longest_edge=4 * tile,
@@ -56,23 +81,49 @@ def picture(width: int, height: int) -> resample.Pixels:
     return np.clip(waves + noise, 0, 255).astype(np.uint8)
 
 
-def pillow_resizes(image: Image.Image, spec: TilePreprocess) -> Image.Image:
-    """The three resizes of the reference, by Pillow alone."""
-    steps = resize_steps(image.height, image.width, spec)
-    for height, width in [*steps, (spec.tile_size, spec.tile_size)]:
+def squared(image: Image.Image, spec: SquarePreprocess) -> Image.Image:
+    """The picture on its square background, by Pillow alone; itself where it is stretched."""
+    if spec.fit == "stretch":
+        return image
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), spec.background)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def pillow_resizes(image: Image.Image, spec: Preprocess) -> Image.Image:
+    """The resizes of the reference, by Pillow alone."""
+    tile = (spec.tile_size, spec.tile_size)
+    if isinstance(spec, SquarePreprocess):
+        return squared(image, spec).resize(tile, Image.Resampling.BICUBIC)
+    for height, width in [*resize_steps(image.height, image.width, spec), tile]:
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     return image
 
 
-def pairs_for(pixels: resample.Pixels, spec: TilePreprocess) -> dict[str, Pair]:
+def reference_for(image: Image.Image, spec: Preprocess) -> Callable[[], object]:
+    """The whole way to normalised numbers, by transformers."""
+    side = spec.tile_size
+    numbers = {"image_mean": list(spec.mean), "image_std": list(spec.std)}
+    if isinstance(spec, TilePreprocess):
+        tiles = Idefics3ImageProcessorPil(
+            size={"longest_edge": spec.longest_edge},
+            max_image_size={"longest_edge": side},
+            **numbers,
+        )
+        return lambda: tiles(images=[image], return_tensors="np").pixel_values[0]
+    size = {"height": side, "width": side}
+    if spec.fit == "stretch":
+        stretch = SiglipImageProcessorPil(size=size, **numbers)
+        return lambda: stretch(images=image, return_tensors="np").pixel_values
+    pad = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=size, **numbers)
+    return lambda: pad(images=squared(image, spec), return_tensors="np").pixel_values
+
+
+def pairs_for(pixels: resample.Pixels, spec: Preprocess) -> dict[str, Pair]:
     """What is timed: ours and the reference, by name."""
     image = Image.fromarray(pixels)
-    processor = Idefics3ImageProcessorPil(
-        size={"longest_edge": spec.longest_edge},
-        max_image_size={"longest_edge": spec.tile_size},
-        image_mean=list(spec.mean),
-        image_std=list(spec.std),
-    )
+    reference = reference_for(image, spec)
 
     def first() -> object:
         resample._blocks.cache_clear()
@@ -80,9 +131,6 @@ def pairs_for(pixels: resample.Pixels, spec: TilePreprocess) -> dict[str, Pair]:
 
     def values() -> object:
         return pixel_values(prepare(pixels, spec).pixels, spec)
-
-    def reference() -> object:
-        return processor(images=[image], return_tensors="np").pixel_values[0]
 
     if not np.array_equal(np.asarray(values()), np.asarray(reference())):
         raise SystemExit("ours and the reference differ: nothing to time")
@@ -114,10 +162,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--size", nargs="*", default=SIZES, metavar="WIDTHxHEIGHT")
+    parser.add_argument("--kind", choices=["tiles", "pad", "stretch"], default="tiles")
     parser.add_argument("--tile", type=int, default=512)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    spec = spec_for(options.tile)
+    spec = spec_for(options.kind, options.tile)
     results: list[tuple[str, str, float, float]] = []
     for size in options.size:
         width, height = map(int, size.split("x"))

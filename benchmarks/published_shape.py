@@ -3,7 +3,8 @@
     python -m benchmarks.published_shape [--config tests/golden/configs/SmolVLM-256M-Instruct.json]
         [--quant int4] [--threads N] [--keep DIR]
 
-Makes the checkpoint, exports it at the full tiling and at one tile, and asks each bundle about
+Configs of every family are under tests/golden/configs. Makes the checkpoint in the form it is
+published in, exports it (SmolVLM at the full tiling and at one tile), and asks each bundle about
 the same 640 x 480 picture, all through the command line in processes of their own. Speeds are
 medians of the runs; the machine's load is printed beside them, since it decides what they mean.
 """
@@ -24,6 +25,8 @@ import numpy as np
 from PIL import Image
 
 from tests.helpers import make_random_published
+from tests.make_mobilevlm import CLIP_L_336, make_mobilevlm
+from tests.make_omnivlm import make_published_pair
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "tests/golden/configs/SmolVLM-256M-Instruct.json"
@@ -36,6 +39,17 @@ def lorgnette(*arguments: object) -> dict[str, Any]:
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
     document: dict[str, Any] = json.loads(done.stdout)
     return document
+
+
+def make(folder: Path, config_file: Path) -> None:
+    """Writes a checkpoint as its family publishes them."""
+    config = json.loads(config_file.read_text())
+    if config["model_type"] == "mobilevlm":
+        make_mobilevlm(folder, config, CLIP_L_336, dtype="bfloat16")
+    elif config["model_type"] == "omnivlm":
+        make_published_pair(folder, config_file)
+    else:
+        make_random_published(folder, config_file)
 
 
 def run(bundle: Path, picture: Path, threads: int, runs: int) -> dict[str, float]:
@@ -76,12 +90,13 @@ def main() -> None:
         checkpoint = folder / arguments.config.stem
         if not checkpoint.exists():
             checkpoint.mkdir(parents=True)
-            make_random_published(checkpoint, arguments.config)
+            make(checkpoint, arguments.config)
         generator = np.random.default_rng(0)
         picture = folder / "picture.png"
         Image.fromarray(generator.integers(0, 256, (480, 640, 3), dtype=np.uint8)).save(picture)
         print(f"{arguments.config.stem}, {arguments.quant}, {arguments.threads} threads")
-        for tiles in (17, 1):
+        tiled = "scale_factor" in json.loads(arguments.config.read_text())
+        for tiles in (17, 1) if tiled else (1,):
             bundle = folder / f"{arguments.config.stem}-{arguments.quant}-{tiles}.lorg"
             options = ("--quant", arguments.quant, "--max-tiles", tiles, "--out", bundle, "--force")
             made = lorgnette("export", checkpoint, *options)

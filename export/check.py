@@ -20,7 +20,7 @@ from lorgnette.runtime.preprocess import grid_for, prepare
 from lorgnette.runtime.prompt import ImagePart, Message, encode_prompt, image_slots
 from lorgnette.runtime.tokenizer import Tokenizer
 from lorgnette.runtime.verify import relative_error
-from lorgnette.spec import ModelSpec, PromptSpec, TilePreprocess
+from lorgnette.spec import ModelSpec, Preprocess, PromptSpec
 
 QUESTION = "What do you see?"
 GREEDY_TOKENS = 12
@@ -39,9 +39,11 @@ class Parts:
 
     checkpoint: Checkpoint
     spec: ModelSpec
-    preprocess: TilePreprocess
+    preprocess: Preprocess
     prompt: PromptSpec
     tokenizer: Tokenizer
+    tokenizer_json: bytes
+    """What `tokenizer` was read from."""
     context_length: int
     components: tuple[Component, ...]
     sources: Mapping[str, WeightSource]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lorgnette.export.checkpoint import Checkpoint
+from lorgnette.export.layers.decoder import LlamaDecoder
 from lorgnette.export.weights import Rule
-from lorgnette.spec import ModelSpec, PromptSpec, TilePreprocess
+from lorgnette.recipe import Recipe
+from lorgnette.spec import ModelSpec, Preprocess, PromptSpec
 
 
 @dataclass(frozen=True)
@@ -49,16 +52,25 @@ class Family(Protocol):
 
     MODEL_TYPES: tuple[str, ...]
     """The `model_type` values of config.json that it reads."""
+    GGUF_ARCHITECTURES: tuple[str, ...]
+    """The `general.architecture` of GGUF vision towers (mmproj files) that it reads."""
     IGNORED_TENSORS: Mapping[str, str]
     """Patterns of published tensors that may stay unread, with the reason."""
+
+    def normal_form(self, checkpoint: Checkpoint, vision: Checkpoint | None) -> Checkpoint:
+        """The checkpoint in the one layout that the rest of the family reads.
+
+        Args:
+            checkpoint: As opened.
+            vision: The vision tower where it was given apart; refused by families that have no
+                use for it.
+        """
 
     def parse(self, checkpoint: Checkpoint) -> ModelSpec:
         """Reads the numbers; refuses config keys that it does not know."""
 
-    def preprocess(
-        self, checkpoint: Checkpoint, spec: ModelSpec, longest_edge: int | None
-    ) -> TilePreprocess:
-        """Reads the preprocessor config; `longest_edge` overrides the published size."""
+    def preprocess(self, checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> Preprocess:
+        """Reads the preprocessor config and applies what the recipe says of picture sizes."""
 
     def prompt(
         self, checkpoint: Checkpoint, spec: ModelSpec, tokens: Mapping[str, int]
@@ -66,7 +78,7 @@ class Family(Protocol):
         """Compiles the chat template; `tokens` are the tokenizer's added tokens and ids."""
 
     def components(
-        self, spec: ModelSpec, preprocess: TilePreprocess, context_length: int
+        self, spec: ModelSpec, preprocess: Preprocess, context_length: int
     ) -> tuple[Component, ...]:
         """The graphs to make."""
 
@@ -96,3 +108,74 @@ class TokenEmbedding(nn.Module):
     def forward(self, token_ids: Tensor) -> Tensor:
         """Looks the tokens up."""
         return self.table(token_ids)  # type: ignore[no-any-return]
+
+
+MAX_TILES = 64  # tiles of one vision call; no published picture has more than 17
+
+
+def vision_component(
+    spec: ModelSpec,
+    tower: Callable[[], nn.Module],
+    projector: Callable[[], nn.Module],
+    rules: Mapping[str, Rule],
+) -> Component:
+    """The component `vision_encoder`.
+
+    Args:
+        spec: The numbers of the model.
+        tower: Makes the tower.
+        projector: Makes the projector.
+        rules: Weights of both, as `tower.*` and `projector.*`.
+    """
+    edge = spec.vision.image_size
+    image_tokens = ("G", spec.image_tokens_per_tile, spec.text.hidden_size)
+    return Component(
+        name="vision_encoder",
+        entry_points=("encode",),
+        build=lambda: VisionEncoder(tower(), projector()),
+        rules=rules,
+        inputs=(TensorSpec("tiles", torch.uint8, ("G", 3, edge, edge)),),
+        outputs=(TensorSpec("image_tokens", torch.float32, image_tokens),),
+        dynamic_axes={"G": (1, MAX_TILES)},
+    )
+
+
+def embedding_component(spec: ModelSpec, context_length: int, source: str) -> Component:
+    """The component `token_embedding`; `source` is the published name of its table."""
+    text = spec.text
+    return Component(
+        name="token_embedding",
+        entry_points=("embed",),
+        build=partial(TokenEmbedding, text.vocab_size, text.hidden_size),
+        rules={"table": source},
+        inputs=(TensorSpec("token_ids", torch.int64, (1, "T")),),
+        outputs=(TensorSpec("embeddings", torch.float32, (1, "T", text.hidden_size)),),
+        dynamic_axes={"T": (1, context_length)},
+    )
+
+
+def decoder_component(spec: ModelSpec, context_length: int, rules: Mapping[str, Rule]) -> Component:
+    """The component `decoder`, for decoders of the LLaMA kind.
+
+    Args:
+        spec: The numbers of the model.
+        context_length: The most positions.
+        rules: Weights, and the rotary tables of that many positions.
+    """
+    text = spec.text
+    cache_shape = (1, text.kv_heads, "S", text.head_size)
+    caches = [f"{kind}_{i}" for i in range(text.layers) for kind in ("key", "value")]
+    return Component(
+        name="decoder",
+        entry_points=("prefill", "decode"),
+        build=partial(LlamaDecoder, text, context_length),
+        rules=rules,
+        inputs=(
+            TensorSpec("embeddings", torch.float32, (1, "T", text.hidden_size)),
+            TensorSpec("past_length", torch.int32, (1,)),
+        ),
+        outputs=(TensorSpec("logits", torch.float32, (1, text.vocab_size)),),
+        cache_inputs=tuple(TensorSpec(f"{n}_in", torch.float32, cache_shape) for n in caches),
+        cache_outputs=tuple(TensorSpec(f"{n}_out", torch.float32, cache_shape) for n in caches),
+        dynamic_axes={"T": (1, context_length), "S": (2, context_length)},
+    )

@@ -21,9 +21,10 @@ from lorgnette.export.check import (
     make_golden,
     rounds_activations,
 )
-from lorgnette.export.checkpoint import Checkpoint, open_checkpoint
+from lorgnette.export.checkpoint import Checkpoint
 from lorgnette.export.component import Component, TensorSpec
-from lorgnette.export.families import find_family
+from lorgnette.export.families import find_family, open_checkpoint
+from lorgnette.export.tokenizer_files import read_tokenizer_json
 from lorgnette.export.trace import build_module, trace
 from lorgnette.export.weights import WeightSource, check_all_used, module_shapes
 from lorgnette.manifest import (
@@ -35,15 +36,15 @@ from lorgnette.manifest import (
     GoldenEntry,
     Manifest,
     TensorEntry,
+    requirements,
 )
 from lorgnette.quantize.plan import QuantPlan, find_plan
 from lorgnette.recipe import Recipe
 from lorgnette.runtime.golden import write_golden
 from lorgnette.runtime.model import TOKENIZER, Model
-from lorgnette.runtime.preprocess import longest_edge_for_max_tiles
 from lorgnette.runtime.tokenizer import Tokenizer
 from lorgnette.runtime.verify import Ladder, verify
-from lorgnette.spec import ModelSpec, TilePreprocess
+from lorgnette.spec import ModelSpec
 from lorgnette.targets import find_target
 from lorgnette.targets.target import LoweredComponent, Target
 
@@ -59,15 +60,17 @@ def export(
     out: str | Path,
     recipe: Recipe,
     *,
+    vision: str | Path | None = None,
     replace: bool = False,
     progress: Progress = lambda step: None,
 ) -> tuple[Bundle, Ladder]:
     """Makes a bundle, and refuses to if it does not give the original's answer.
 
     Args:
-        checkpoint_path: A checkpoint directory in the published layout.
+        checkpoint_path: A checkpoint in a published form: a directory or a GGUF file.
         out: Where the bundle goes; ends in `.lorg`.
         recipe: What is asked for.
+        vision: The vision tower where it is published apart, as `open_checkpoint` takes it.
         replace: Whether a bundle at `out` may be replaced.
         progress: Told about each step.
 
@@ -80,7 +83,7 @@ def export(
     """
     progress("read checkpoint")
     plan, target = find_plan(recipe.quant), find_target(recipe.target)
-    parts = read_parts(open_checkpoint(checkpoint_path), recipe)
+    parts = read_parts(open_checkpoint(checkpoint_path, vision), recipe)
     golden_prompt(parts, golden_picture())  # refuses a context that is too small
     problems = target.check(parts.spec, plan)
     if problems:
@@ -104,13 +107,13 @@ def _write(
     lowered = _lower(parts, plan, target, folder, progress)
     tokenizer_file = folder / TOKENIZER
     tokenizer_file.parent.mkdir()
-    tokenizer_file.write_bytes((parts.checkpoint.path / "tokenizer.json").read_bytes())
+    tokenizer_file.write_bytes(parts.tokenizer_json)
     golden = make_golden(parts, plan, progress)
     write_golden(golden, folder / GOLDEN)
     progress("write manifest")
     manifest = Manifest(
         format=Format(major=FORMAT_MAJOR, minor=FORMAT_MINOR),
-        requires=("tiles",),
+        requires=requirements(parts.preprocess),
         producer=_producer(),
         checkpoint=parts.checkpoint.path.resolve().name,
         recipe=recipe,
@@ -164,8 +167,9 @@ def read_parts(checkpoint: Checkpoint, recipe: Recipe) -> Parts:
     """
     _, family = find_family(checkpoint.config.get("model_type"))
     spec = family.parse(checkpoint)
-    tokenizer = _read_tokenizer(checkpoint, spec)
-    preprocess = _choose_size(family.preprocess(checkpoint, spec, None), recipe)
+    tokenizer_json = read_tokenizer_json(checkpoint)
+    tokenizer = _read_tokenizer(checkpoint, tokenizer_json, spec)
+    preprocess = family.preprocess(checkpoint, spec, recipe)
     tokens = {text: tokenizer.token_id(text) for text in tokenizer.special_strings}
     prompt = family.prompt(checkpoint, spec, tokens)
     context_length = _context_length(spec, recipe)
@@ -178,28 +182,16 @@ def read_parts(checkpoint: Checkpoint, recipe: Recipe) -> Parts:
     }
     check_all_used(checkpoint, list(sources.values()), family.IGNORED_TENSORS)
     return Parts(
-        checkpoint, spec, preprocess, prompt, tokenizer, context_length, components, sources
+        checkpoint=checkpoint,
+        spec=spec,
+        preprocess=preprocess,
+        prompt=prompt,
+        tokenizer=tokenizer,
+        tokenizer_json=tokenizer_json,
+        context_length=context_length,
+        components=components,
+        sources=sources,
     )
-
-
-def _choose_size(published: TilePreprocess, recipe: Recipe) -> TilePreprocess:
-    """The preprocessing with the recipe's picture size."""
-    edge = recipe.longest_edge
-    if edge is not None and recipe.max_tiles is not None:
-        raise ConfigError("longest_edge and max_tiles say the same thing", hint="give one of them")
-    if recipe.max_tiles is not None:
-        edge = longest_edge_for_max_tiles(
-            recipe.max_tiles, published.tile_size, published.longest_edge
-        )
-    edge = edge or published.longest_edge
-    if not published.tile_size <= edge <= 4096:
-        raise ConfigError(
-            "longest_edge is out of range",
-            got=edge,
-            wanted=f"{published.tile_size} to 4096 pixels",
-        )
-    split = published.split if recipe.split is None else recipe.split
-    return msgspec.structs.replace(published, longest_edge=edge, split=split)
 
 
 def _context_length(spec: ModelSpec, recipe: Recipe) -> int:
@@ -215,11 +207,9 @@ def _context_length(spec: ModelSpec, recipe: Recipe) -> int:
     return recipe.context_length
 
 
-def _read_tokenizer(checkpoint: Checkpoint, spec: ModelSpec) -> Tokenizer:
+def _read_tokenizer(checkpoint: Checkpoint, tokenizer_json: bytes, spec: ModelSpec) -> Tokenizer:
     path = checkpoint.path / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError("file is missing", where=path)
-    tokenizer = Tokenizer.from_file(path)
+    tokenizer = Tokenizer.from_bytes(tokenizer_json, where=path)
     if tokenizer.vocab_size > spec.text.vocab_size:
         raise CheckpointError(
             "the tokenizer has more tokens than the model",

@@ -11,12 +11,13 @@ import msgspec
 
 from lorgnette.errors import BundleError
 from lorgnette.recipe import Recipe
-from lorgnette.spec import Frozen, ModelSpec, PromptSpec, TilePreprocess
+from lorgnette.spec import Frozen, ModelSpec, Preprocess, PromptSpec
 
-FORMAT_MAJOR = 1
+FORMAT_MAJOR = 2
 FORMAT_MINOR = 0
-KNOWN_REQUIREMENTS: frozenset[str] = frozenset({"tiles"})
-"""What a bundle may ask of its reader; one that asks for more is refused."""
+KNOWN_REQUIREMENTS: frozenset[str] = frozenset({"tiles", "square"})
+"""What a bundle may ask of its reader, here kinds of preprocessing; one that asks for more is
+refused."""
 
 DTYPE_NAMES = Literal["float32", "float16", "uint8", "int32", "int64"]
 
@@ -95,7 +96,7 @@ class Manifest(Frozen, frozen=True):
     engine: str
     context_length: int
     components: tuple[ComponentEntry, ...]
-    preprocess: TilePreprocess
+    preprocess: Preprocess
     prompt: PromptSpec
     golden: GoldenEntry
     files: tuple[FileEntry, ...]
@@ -110,6 +111,11 @@ class Manifest(Frozen, frozen=True):
             if entry.name == name:
                 return entry
         raise BundleError(f"component '{name}' is missing", where="manifest.json")
+
+
+def requirements(preprocess: Preprocess) -> tuple[str, ...]:
+    """What a bundle asks of its reader."""
+    return (str(type(preprocess).__struct_config__.tag),)
 
 
 class _Head(msgspec.Struct):

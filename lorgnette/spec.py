@@ -21,6 +21,7 @@ class VisionSpec(Frozen, frozen=True):
     hidden_size: int
     intermediate_size: int
     layers: int
+    """Layers that are run; a family may leave out the last of those published."""
     heads: int
     image_size: int
     patch_size: int
@@ -46,6 +47,18 @@ class TextSpec(Frozen, frozen=True):
     rope_theta: float
     norm_eps: float
     tied_embeddings: bool
+    qkv_bias: bool
+    """Whether queries, keys and values have biases (Qwen2); no other matrix has one."""
+
+
+class ProjectorSpec(Frozen, frozen=True):
+    """The way from patch features to image tokens."""
+
+    kind: Literal["pixel_shuffle", "ldp", "ldpv2", "concat_mlp"]
+    patches_per_token: int
+    """Patches that become one image token: a square block of them, or a run in reading order."""
+    hidden_size: int | None = None
+    """Inner width of a projector that has one of its own."""
 
 
 class ModelSpec(Frozen, frozen=True):
@@ -53,15 +66,17 @@ class ModelSpec(Frozen, frozen=True):
 
     family: str
     model_type: str
+    variant: str
+    """Which published model of the family has these numbers, e.g. `256M`; else `custom`."""
     vision: VisionSpec
     text: TextSpec
-    projector_scale: int
+    projector: ProjectorSpec
     image_token_id: int
 
     @property
     def image_tokens_per_tile(self) -> int:
         """Image tokens N that one tile becomes."""
-        return (self.vision.grid // self.projector_scale) ** 2
+        return self.vision.grid**2 // self.projector.patches_per_token
 
 
 class TilePreprocess(Frozen, frozen=True, tag="tiles", tag_field="kind"):
@@ -81,6 +96,28 @@ class TilePreprocess(Frozen, frozen=True, tag="tiles", tag_field="kind"):
     rescale: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+
+class SquarePreprocess(Frozen, frozen=True, tag="square", tag_field="kind"):
+    """One tile of every picture: the whole of it, made square.
+
+    Pixels are normalised as in `TilePreprocess`.
+    """
+
+    tile_size: int
+    """Side of the tile in pixels."""
+    fit: Literal["pad", "stretch"]
+    """`pad` centres the picture on a square of `background` first, `stretch` ignores its aspect."""
+    background: tuple[int, int, int]
+    """Red, green and blue of the padding, 0 to 255; unused by `stretch`."""
+    resample: Literal["lanczos", "bicubic", "bilinear"]
+    rescale: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+Preprocess = TilePreprocess | SquarePreprocess
+"""How a picture becomes tiles; `kind` in a manifest says which."""
 
 
 class TurnTemplate(Frozen, frozen=True):
@@ -120,3 +157,10 @@ class PromptSpec(Frozen, frozen=True):
     """Appended to make the model answer, e.g. `Assistant:`."""
     image: ImageTemplate
     stop_token_ids: tuple[int, ...]
+    default_system: str | None = None
+    """The system message of conversations that bring none; needs the role `system`."""
+    answer_header: str = ""
+    """What the model itself writes before its answer, e.g. `<|im_start|>assistant`: it stays in
+    the context and is left out of the text, with the white space around it."""
+    tasks: dict[str, str] = {}
+    """Fixed requests by name: the user's whole content, one picture at `{image}`, no question."""

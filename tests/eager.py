@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from lorgnette.export.checkpoint import Checkpoint, open_checkpoint
-from lorgnette.export.component import Component
-from lorgnette.export.families import smolvlm
+from lorgnette.export.checkpoint import Checkpoint
+from lorgnette.export.component import Component, Family
+from lorgnette.export.families import find_family, open_checkpoint
 from lorgnette.export.trace import build_module, trace
 from lorgnette.export.weights import WeightSource, check_all_used, load_module, module_shapes
 from lorgnette.quantize.methods import rtn
 from lorgnette.quantize.plan import PLANS, QuantPlan
+from lorgnette.recipe import Recipe
 from lorgnette.spec import ModelSpec
 
 CONTEXT = 128
@@ -49,30 +50,37 @@ class Eager:
     """The three components of a checkpoint, run in plain torch.
 
     Attributes:
-        folder: The checkpoint.
+        folder: The checkpoint, a directory or a GGUF file.
         plan: How its matrices are rounded.
         context: KV cache capacity S.
+        vision: The vision tower where it lies apart.
     """
 
     folder: Path
     plan: QuantPlan = PLANS["fp32"]
     context: int = CONTEXT
+    vision: Path | None = None
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The opened folder."""
-        return open_checkpoint(self.folder)
+        return open_checkpoint(self.folder, self.vision)
+
+    @cached_property
+    def family(self) -> Family:
+        """What reads it."""
+        return find_family(self.checkpoint.config["model_type"])[1]
 
     @cached_property
     def spec(self) -> ModelSpec:
         """Its numbers."""
-        return smolvlm.parse(self.checkpoint)
+        return self.family.parse(self.checkpoint)
 
     @cached_property
     def components(self) -> dict[str, Component]:
         """By name."""
-        preprocess = smolvlm.preprocess(self.checkpoint, self.spec, None)
-        found = smolvlm.components(self.spec, preprocess, self.context)
+        preprocess = self.family.preprocess(self.checkpoint, self.spec, Recipe())
+        found = self.family.components(self.spec, preprocess, self.context)
         return {component.name: component for component in found}
 
     @cached_property
@@ -83,7 +91,7 @@ class Eager:
             shapes = module_shapes(build_module(component))
             made[name] = StoredSource(self.checkpoint, shapes, component.rules)
             made[name].component, made[name].plan = name, self.plan
-        check_all_used(self.checkpoint, made.values(), smolvlm.IGNORED_TENSORS)
+        check_all_used(self.checkpoint, made.values(), self.family.IGNORED_TENSORS)
         return made
 
     @cached_property

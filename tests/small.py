@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lorgnette.export.checkpoint import Checkpoint, open_checkpoint
+from lorgnette.export.checkpoint import Checkpoint, open_files
 from lorgnette.export.component import Component, TensorSpec
 from lorgnette.export.trace import build_module, trace
 from lorgnette.export.weights import WeightSource, module_shapes
-from lorgnette.quantize.plan import QuantPlan
+from lorgnette.quantize.plan import PLANS, QuantPlan
+from lorgnette.quantize.scheme import QuantScheme
 from lorgnette.targets.onnx.lowering import OnnxCpu
 from lorgnette.targets.target import LoweredComponent
 from tests.helpers import write_weights
 
 Array = NDArray[Any]
+Function = Callable[[Tensor], Tensor]
+WIDTH = 64
+"""Channels of modules made by `of_width`, if nothing else is said."""
 
 
 def tensor_folder(folder: Path, tensors: Mapping[str, Tensor]) -> Checkpoint:
@@ -30,7 +36,7 @@ def tensor_folder(folder: Path, tensors: Mapping[str, Tensor]) -> Checkpoint:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text("{}")
     write_weights(folder, tensors)
-    return open_checkpoint(folder)
+    return open_files(folder)
 
 
 def single(
@@ -48,7 +54,7 @@ def single(
         name=name,
         entry_points=("run",),
         build=build,
-        rules={parameter: parameter for parameter in names},
+        rules={name: name for name in (re.sub(r"\.\d+\.", ".{i}.", n) for n in names)},
         inputs=inputs,
         outputs=outputs,
         dynamic_axes=axes or {},
@@ -97,3 +103,54 @@ def session(graph: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+class Call(nn.Module):
+    """A function of one tensor as a module."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def of_width(
+    build: Callable[[], nn.Module], columns: int = WIDTH, *, outputs: int = 1
+) -> Component:
+    """A component from float32 `[1, T, columns]` to anything."""
+    made = tuple(TensorSpec(f"y{i}", torch.float32, ("a", "b", "c")) for i in range(outputs))
+    return single(
+        build,
+        (TensorSpec("x", torch.float32, (1, "T", columns)),),
+        made,
+        axes={"T": (1, 64)},
+    )
+
+
+def draw(*shape: int) -> Array:
+    """Normal numbers, the same each time."""
+    return np.random.default_rng(7).standard_normal(shape, dtype=np.float32)
+
+
+def plan_of(bits: int, group: int = 32, *, int8_activations: bool = False) -> QuantPlan:
+    """A plan of one integer scheme."""
+    scheme = QuantScheme(bits=bits, group_size=group, int8_activations=int8_activations)
+    return QuantPlan("one", "one scheme for all", (("*", scheme),))
+
+
+def check(tmp_path: Path, component: Component, *inputs: Array, tolerance: float = 2e-6) -> Lowered:
+    """Lowers in float32 and compares with torch on the same weights; returns the graph."""
+    weights = weights_of(component)
+    lowered = lower(tmp_path, component, weights, PLANS["fp32"])
+    module = build_module(component)
+    module.load_state_dict(weights, assign=True)
+    with torch.no_grad():
+        wanted = module(*map(torch.from_numpy, inputs))
+    every = wanted if isinstance(wanted, tuple) else (wanted,)
+    got = lowered.run(*inputs)
+    for one, other in zip(got, every, strict=True):
+        assert one.shape == tuple(other.shape)
+        assert np.abs(one - other.numpy()).max() <= tolerance
+    return lowered

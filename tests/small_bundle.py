@@ -13,7 +13,7 @@ from lorgnette.manifest import Manifest
 Json = dict[str, Any]
 
 VALUES: Json = {
-    "format": {"major": 1, "minor": 0},
+    "format": {"major": 2, "minor": 0},
     "requires": ["tiles"],
     "producer": {"lorgnette": "1"},
     "checkpoint": "tiny",
@@ -21,6 +21,7 @@ VALUES: Json = {
     "spec": {
         "family": "smolvlm",
         "model_type": "smolvlm",
+        "variant": "custom",
         "vision": {
             "hidden_size": 64,
             "intermediate_size": 96,
@@ -42,8 +43,13 @@ VALUES: Json = {
             "rope_theta": 1e4,
             "norm_eps": 1e-5,
             "tied_embeddings": False,
+            "qkv_bias": False,
         },
-        "projector_scale": 2,
+        "projector": {
+            "kind": "pixel_shuffle",
+            "patches_per_token": 4,
+            "hidden_size": None,
+        },
         "image_token_id": 486,
     },
     "engine": "onnxruntime",

@@ -145,17 +145,19 @@ class BidirectionalAttention(nn.Module):
 
 
 class CachedAttention(nn.Module):
-    """Self-attention of a LLaMA decoder layer: grouped queries, rotary embedding, KV cache.
+    """Self-attention of a decoder layer: grouped queries, rotary embedding, KV cache.
 
     Queries, keys and values are one matrix: a third of the multiplications to start.
     """
 
-    def __init__(self, width: int, heads: int, kv_heads: int, head_size: int) -> None:
-        """Creates the projections, without biases."""
+    def __init__(
+        self, width: int, heads: int, kv_heads: int, head_size: int, *, qkv_bias: bool = False
+    ) -> None:
+        """Creates the projections; the output's never has a bias."""
         super().__init__()
         self.heads = heads
         self.kv_heads = kv_heads
-        self.qkv_proj = nn.Linear(width, (heads + 2 * kv_heads) * head_size, bias=False)
+        self.qkv_proj = nn.Linear(width, (heads + 2 * kv_heads) * head_size, bias=qkv_bias)
         self.o_proj = nn.Linear(heads * head_size, width, bias=False)
 
     def forward(

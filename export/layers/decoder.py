@@ -1,6 +1,8 @@
-"""The LLaMA decoder with a functional KV cache."""
+"""The LLaMA decoder with a functional KV cache, and Qwen2's, which differs by three biases."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +10,8 @@ from torch import Tensor, nn
 from lorgnette.export.layers.attention import CachedAttention
 from lorgnette.export.layers.mlp import GatedMLP
 from lorgnette.export.layers.norm import RMSNorm
+from lorgnette.export.layers.rope import rope_tables
+from lorgnette.export.weights import Computed, Rule, Stack
 from lorgnette.spec import TextSpec
 
 
@@ -19,7 +23,11 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.norm1 = RMSNorm(spec.hidden_size, spec.norm_eps)
         self.attention = CachedAttention(
-            spec.hidden_size, spec.heads, spec.kv_heads, spec.head_size
+            spec.hidden_size,
+            spec.heads,
+            spec.kv_heads,
+            spec.head_size,
+            qkv_bias=spec.qkv_bias,
         )
         self.norm2 = RMSNorm(spec.hidden_size, spec.norm_eps)
         self.mlp = GatedMLP(spec.hidden_size, spec.intermediate_size)
@@ -49,7 +57,8 @@ class LlamaDecoder(nn.Module):
     Shapes:
         embeddings float32 `[B, T, D]`; past_length int32 `[1]`; caches, two a layer,
         `[B, Hkv, S, Dh]` each; returns logits `[B, V]` and the caches with T more positions.
-    Source: Touvron et al. 2023, arXiv:2302.13971.
+    Source: Touvron et al. 2023, arXiv:2302.13971 (LLaMA); Yang et al. 2024, arXiv:2407.10671
+        (Qwen2, whose queries, keys and values have biases).
     """
 
     cos: Tensor
@@ -76,3 +85,39 @@ class LlamaDecoder(nn.Module):
             )
             updated += [keys, values]
         return self.head(self.norm(x[:, -1])), updated
+
+
+def llama_rules(prefix: str, head: str, spec: TextSpec, context_length: int) -> dict[str, Rule]:
+    """Where a `LlamaDecoder` finds its weights under the names of LLaMA and Qwen2.
+
+    Args:
+        prefix: What precedes `layers.0...`, dot included.
+        head: Published name of the head's matrix, without `.weight`: the embedding's where tied.
+        spec: The numbers of the decoder.
+        context_length: Positions of the rotary tables.
+    """
+    layer = f"{prefix}layers.{{i}}."
+    tables = partial(rope_tables, context_length, spec.head_size, spec.rope_theta)
+    return {
+        "cos": Computed(lambda: tables()[0]),
+        "sin": Computed(lambda: tables()[1]),
+        "layers.{i}.norm1": f"{layer}input_layernorm",
+        "layers.{i}.attention.qkv_proj": Stack(
+            (
+                (f"{layer}self_attn.q_proj", spec.heads * spec.head_size),
+                (f"{layer}self_attn.k_proj", spec.kv_heads * spec.head_size),
+                (f"{layer}self_attn.v_proj", spec.kv_heads * spec.head_size),
+            )
+        ),
+        "layers.{i}.attention.o_proj": f"{layer}self_attn.o_proj",
+        "layers.{i}.norm2": f"{layer}post_attention_layernorm",
+        "layers.{i}.mlp.gate_up_proj": Stack(
+            (
+                (f"{layer}mlp.gate_proj", spec.intermediate_size),
+                (f"{layer}mlp.up_proj", spec.intermediate_size),
+            )
+        ),
+        "layers.{i}.mlp.down_proj": f"{layer}mlp.down_proj",
+        "norm": f"{prefix}norm",
+        "head": head,
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 def split_patches(tiles: Tensor, patch: int, grid: int) -> Tensor:
@@ -25,21 +26,25 @@ class PatchEmbedding(nn.Module):
     """Normalises uint8 tiles and projects every patch, plus a learned position.
 
     Pixels become `(value * rescale - mean) / std`; the convolution with stride = kernel is a
-    linear layer over patches.
+    linear layer over patches. A class token, where there is one, stands first and has a position
+    of its own.
 
-    Shapes: uint8 `[G, 3, edge, edge]` to `[G, P, D]`.
+    Shapes: uint8 `[G, 3, edge, edge]` to `[G, P, D]`, with a class token `[G, P + 1, D]`.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, width: int, patch: int, grid: int) -> None:
+    def __init__(
+        self, width: int, patch: int, grid: int, *, bias: bool = True, class_token: bool = False
+    ) -> None:
         """Creates the layer for a grid of `grid` x `grid` patches of `patch` pixels."""
         super().__init__()
         self.patch = patch
         self.grid = grid
-        self.projection = nn.Linear(3 * patch * patch, width)
-        self.position = nn.Parameter(torch.empty(grid * grid, width))
+        self.projection = nn.Linear(3 * patch * patch, width, bias=bias)
+        self.class_token = nn.Parameter(torch.empty(width)) if class_token else None
+        self.position = nn.Parameter(torch.empty(grid * grid + class_token, width))
         # Per input channel of `projection`, so that the border case of mixed means is exact.
         self.rescale = nn.Buffer(torch.empty(1))
         self.mean = nn.Buffer(torch.empty(3 * patch * patch))
@@ -48,5 +53,10 @@ class PatchEmbedding(nn.Module):
     def forward(self, tiles: Tensor) -> Tensor:
         """Embeds the patches of every tile."""
         patches = split_patches(tiles, self.patch, self.grid).to(torch.float32)
-        pixels = (patches * self.rescale - self.mean) / self.std
-        return self.projection(pixels) + self.position  # type: ignore[no-any-return]
+        x = self.projection((patches * self.rescale - self.mean) / self.std)
+        if self.class_token is None:
+            return x + self.position  # type: ignore[no-any-return]
+        # A row of zeros in front that the class token is added to, as its position is: repeating
+        # the token for every tile would be a shape known only at run time.
+        first = functional.pad(self.class_token[None], (0, 0, 0, self.grid * self.grid))
+        return functional.pad(x, (0, 0, 1, 0)) + (self.position + first)

@@ -27,6 +27,11 @@ EXCLUSIVE = ("longest_edge", "max_tiles")
 
 @click.command(cls=Command)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "--vision",
+    type=click.Path(path_type=Path),
+    help="The vision tower, where it is published apart: a CLIP folder or an mmproj GGUF file.",
+)
 @click.option("--target", help="What it is made for: see 'lorgnette list targets'.  [onnx-cpu]")
 @click.option("--quant", help="How weights are stored: see 'lorgnette list schemes'.  [fp32]")
 @click.option(
@@ -46,6 +51,7 @@ EXCLUSIVE = ("longest_edge", "max_tiles")
 @click.option("--force", is_flag=True, help="Replace a bundle that stands there.")
 def export(
     checkpoint: Path,
+    vision: Path | None,
     target: str | None,
     quant: str | None,
     out: Path | None,
@@ -58,7 +64,10 @@ def export(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Compiles CHECKPOINT, a folder as published, into a bundle and verifies it."""
+    """Compiles CHECKPOINT into a bundle and verifies it.
+
+    CHECKPOINT is a folder as published or a GGUF file.
+    """
     options = {
         "target": target,
         "quant": quant,
@@ -73,10 +82,13 @@ def export(
     from lorgnette.export.pipeline import export as run_export
     from lorgnette.runtime.golden import read_golden
 
-    out = out or Path(f"{checkpoint.resolve().name}-{recipe.quant}.lorg")
+    name = checkpoint.resolve().name.removesuffix(".gguf")
+    out = out or Path(f"{name}-{recipe.quant}.lorg")
     started = time.perf_counter()
     with steps() as progress:
-        bundle, ladder = run_export(checkpoint, out, recipe, replace=force, progress=progress)
+        bundle, ladder = run_export(
+            checkpoint, out, recipe, vision=vision, replace=force, progress=progress
+        )
     document = _document(bundle, ladder, read_golden(bundle).text, time.perf_counter() - started)
     if as_json:
         print_json(document)

@@ -22,19 +22,29 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command)
 @click.argument("path", type=click.Path(path_type=Path))
-def inspect(path: Path, as_json: bool) -> None:
-    """Tells sizes, shapes, schemes and predicted memory of a checkpoint or a bundle at PATH."""
+@click.option(
+    "--vision", type=click.Path(path_type=Path), help="The vision tower, where it lies apart."
+)
+def inspect(path: Path, vision: Path | None, as_json: bool) -> None:
+    """Tells sizes, shapes, schemes and predicted memory of a checkpoint or a bundle at PATH.
+
+    A checkpoint is a folder as published or a GGUF file.
+    """
     if (path / "manifest.json").exists() or path.suffix == ".lorg":
+        if vision is not None:
+            raise LorgnetteError("a bundle has its vision tower inside", hint="leave --vision out")
         document = inspect_bundle(path)
         lines = _bundle_lines
-    elif (path / "config.json").exists():
-        document = inspect_checkpoint(path)
+    elif (path / "config.json").exists() or path.is_file() or any(path.glob("*.gguf")):
+        document = inspect_checkpoint(path, vision)
         lines = _checkpoint_lines
     else:
         raise LorgnetteError(
             "neither a checkpoint nor a bundle",
             where=path,
-            got="a folder without config.json and manifest.json" if path.is_dir() else "no folder",
+            got="a folder without config.json, manifest.json or GGUF files"
+            if path.is_dir()
+            else "nothing",
         )
     if as_json:
         print_json(document)
@@ -60,6 +70,7 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "checkpoint": manifest.checkpoint,
         "family": spec.family,
         "model_type": spec.model_type,
+        "variant": spec.variant,
         "target": manifest.recipe.target,
         "engine": manifest.engine,
         "quant": manifest.recipe.quant,
@@ -91,15 +102,15 @@ def _components(manifest: Manifest) -> list[dict[str, Any]]:
     ]
 
 
-def inspect_checkpoint(path: Path) -> dict[str, Any]:
+def inspect_checkpoint(path: Path, vision: Path | None = None) -> dict[str, Any]:
     """What a checkpoint's headers tell and what its bundles would take; reads no weight."""
     require_extra("export")
     from lorgnette.cli import predict
-    from lorgnette.export.checkpoint import open_checkpoint
+    from lorgnette.export.families import open_checkpoint
     from lorgnette.export.pipeline import read_parts
     from lorgnette.recipe import Recipe
 
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, vision)
     parts = read_parts(checkpoint, Recipe())
     context = parts.context_length
     spec = parts.spec
@@ -110,6 +121,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
         "path": str(path),
         "family": spec.family,
         "model_type": spec.model_type,
+        "variant": spec.variant,
         "spec": msgspec.to_builtins(spec),
         "parameters": _parameters(checkpoint, parts),
         "dtypes": dict(Counter(info.dtype for info in checkpoint.tensors.values())),
@@ -205,4 +217,4 @@ def _common_rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _family(document: dict[str, Any]) -> str:
-    return f"family {document['family']} ({document['model_type']})"
+    return f"family {document['family']} ({document['model_type']}), {document['variant']}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lorgnette.runtime.preprocess import grid_for
-from lorgnette.spec import ModelSpec, TextSpec, TilePreprocess
+from lorgnette.spec import ModelSpec, Preprocess, TextSpec
 
 if TYPE_CHECKING:
     from lorgnette.export.check import Parts
@@ -25,13 +25,13 @@ def kv_bytes_per_token(text: TextSpec) -> int:
     return text.layers * 2 * text.kv_heads * text.head_size * FLOAT32_BYTES
 
 
-def tiles_of(width: int, height: int, preprocess: TilePreprocess) -> int:
+def tiles_of(width: int, height: int, preprocess: Preprocess) -> int:
     """Tiles of a picture, thumbnail included."""
     rows, cols = grid_for(height, width, preprocess)
     return rows * cols + 1 if rows else 1
 
 
-def pictures(spec: ModelSpec, preprocess: TilePreprocess) -> list[dict[str, Any]]:
+def pictures(spec: ModelSpec, preprocess: Preprocess) -> list[dict[str, Any]]:
     """What example pictures cost in tiles and image tokens."""
     return [
         {
@@ -44,7 +44,7 @@ def pictures(spec: ModelSpec, preprocess: TilePreprocess) -> list[dict[str, Any]
 
 
 def memory(
-    spec: ModelSpec, preprocess: TilePreprocess, context_length: int, weight_bytes: int
+    spec: ModelSpec, preprocess: Preprocess, context_length: int, weight_bytes: int
 ) -> dict[str, int]:
     """What a run holds at most: weights, a full KV cache, the image tokens of a square picture.
 

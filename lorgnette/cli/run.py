@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     help="A picture; repeatable.",
 )
 @click.option("--prompt", help="The question; - reads it from stdin.")
+@click.option("--task", help="A fixed request of the model, e.g. ocr, in place of --prompt.")
 @click.option("--system", help="A system message.")
 @click.option("--chat", is_flag=True, help="Go on with questions from stdin, one a line.")
 @click.option("--max-new-tokens", type=int, default=256, show_default=True)
@@ -46,6 +47,7 @@ def run(
     bundle: Path,
     images: tuple[Path, ...],
     prompt: str | None,
+    task: str | None,
     system: str | None,
     chat: bool,
     max_new_tokens: int,
@@ -61,11 +63,15 @@ def run(
 ) -> None:
     """Asks the model in BUNDLE about pictures; the answer appears as it is generated.
 
+    Some models have tasks: fixed requests about one picture, which need no question.
+
     Ctrl-C ends the answer and keeps what is there. With --chat, pictures go with the first
     question, and an answer knows the ones before it; on a terminal, Ctrl-C then ends the answer
     and the conversation goes on.
     """
-    if prompt is None and not chat:
+    if prompt is not None and task is not None:
+        raise click.UsageError("--prompt and --task both say what to ask: give one of them")
+    if prompt is None and task is None and not chat:
         raise click.UsageError("--prompt is missing (or --chat, to read questions from stdin)")
     if prompt == "-" and chat:
         raise click.UsageError("--prompt - and --chat both want stdin")
@@ -83,9 +89,9 @@ def run(
     session = _Session(model, system, request, as_json, stats or sys.stderr.isatty())
     goes_on = chat and sys.stdin.isatty()  # where Ctrl-C ends an answer, not the conversation
     interrupted = False
-    for question in questions(first, chat):
-        interrupted = session.ask(question, images) and not goes_on
-        images = ()
+    for question in questions("" if task is not None else first, chat):
+        interrupted = session.ask(question, images, task) and not goes_on
+        images, task = (), None
         if interrupted:
             break
     if as_json:
@@ -108,9 +114,9 @@ class _Session:
         self._stats = stats
         self._answers: list[dict[str, Any]] = []
 
-    def ask(self, question: str, images: tuple[Path, ...]) -> bool:
-        """Answers one question; tells whether Ctrl-C cut it short."""
-        generation = self._chat.send(question, images, self._request)
+    def ask(self, question: str, images: tuple[Path, ...], task: str | None = None) -> bool:
+        """Answers one question, or a task; tells whether Ctrl-C cut it short."""
+        generation = self._chat.send(question, images, self._request, task=task)
         steered = sys.stdout.isatty()
         with _cancelled_by_interrupt(generation):
             for piece in generation:

@@ -30,19 +30,32 @@ if TYPE_CHECKING:
     help="Compare with what this checkpoint computes now, not with what the bundle recorded.",
 )
 @click.option(
+    "--vision",
+    type=click.Path(path_type=Path),
+    help="The vision tower of that checkpoint, where it lies apart.",
+)
+@click.option(
     "--image",
     "images",
     multiple=True,
     type=click.Path(path_type=Path),
     help="A picture to compare on, with --against; repeatable.  [a built-in one]",
 )
-def verify(bundle: Path, against: Path | None, images: tuple[Path, ...], as_json: bool) -> None:
+def verify(
+    bundle: Path,
+    against: Path | None,
+    vision: Path | None,
+    images: tuple[Path, ...],
+    as_json: bool,
+) -> None:
     """Climbs the parity ladder of BUNDLE: pixels, prompt, image tokens, logits, greedy ids.
 
     Exits with 1 where a rung fails.
     """
     if images and against is None:
         raise click.UsageError("--image needs --against, which computes what is to be expected")
+    if vision is not None and against is None:
+        raise click.UsageError("--vision needs --against, whose vision tower it is")
     from lorgnette.bundle import open_bundle
     from lorgnette.runtime.model import Model
     from lorgnette.runtime.verify import verify as climb
@@ -51,7 +64,7 @@ def verify(bundle: Path, against: Path | None, images: tuple[Path, ...], as_json
     with steps() as progress:
         goldens: Sequence[Golden | None] = [None]
         if against is not None:
-            goldens = _fresh_goldens(opened, against, images, progress)
+            goldens = _fresh_goldens(opened, (against, vision), images, progress)
         progress("open bundle")
         model = Model(opened)
         progress("climb the ladder")
@@ -72,16 +85,25 @@ def verify(bundle: Path, against: Path | None, images: tuple[Path, ...], as_json
 
 
 def _fresh_goldens(
-    bundle: Bundle, against: Path, images: Sequence[Path], progress: Callable[[str], None]
+    bundle: Bundle,
+    against: tuple[Path, Path | None],
+    images: Sequence[Path],
+    progress: Callable[[str], None],
 ) -> list[Golden]:
     """Golden data computed from the checkpoint the way the bundle was asked for.
+
+    Args:
+        bundle: The bundle.
+        against: The checkpoint, and its vision tower where that lies apart.
+        images: Pictures to compute them for; none takes the golden one.
+        progress: Told about each step.
 
     Raises:
         ConfigError: The checkpoint is another model than the bundle was made from.
     """
     require_extra("export")
     from lorgnette.export.check import make_golden
-    from lorgnette.export.checkpoint import open_checkpoint
+    from lorgnette.export.families import open_checkpoint
     from lorgnette.export.pipeline import read_parts
     from lorgnette.quantize.plan import find_plan
     from lorgnette.runtime.image import load_image
@@ -89,11 +111,11 @@ def _fresh_goldens(
     progress("read checkpoint")
     recipe = bundle.manifest.recipe
     pictures = [load_image(image) for image in images]
-    parts = read_parts(open_checkpoint(against), recipe)
+    parts = read_parts(open_checkpoint(*against), recipe)
     if parts.spec != bundle.manifest.spec:
         raise ConfigError(
             "the checkpoint is another model than the bundle's",
-            where=against,
+            where=against[0],
             got=_differences(parts.spec, bundle.manifest.spec),
             hint="give the checkpoint that the bundle was exported from",
         )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lorgnette.errors import RequestError
+from lorgnette.runtime.answer_text import AnswerText
+from lorgnette.runtime.context import Context, Turn
 from lorgnette.runtime.engines.engine import Float
 from lorgnette.runtime.generation import (
     Cancelled,
@@ -22,9 +23,17 @@ from lorgnette.runtime.generation import (
     Timings,
 )
 from lorgnette.runtime.image import load_image
-from lorgnette.runtime.pictures import EncodedPicture, PictureSource, encode_picture
-from lorgnette.runtime.preprocess import prepare
-from lorgnette.runtime.prompt import ImagePart, Message, continue_prompt, encode_prompt
+from lorgnette.runtime.pictures import PictureSource, encode_pictures
+from lorgnette.runtime.preprocess import Tiles, grid_for, prepare
+from lorgnette.runtime.prompt import (
+    ImagePart,
+    Message,
+    TaskPart,
+    continue_prompt,
+    encode_prompt,
+    image_token_count,
+    render_task,
+)
 from lorgnette.runtime.sampler import Sampler
 from lorgnette.runtime.tokenizer import StopStrings
 
@@ -33,26 +42,6 @@ if TYPE_CHECKING:
 
 PREFILL_CHUNK = 512
 """Positions of one prefill call: bounds the activations, and how long a cancel waits."""
-
-
-@dataclass
-class _Context:
-    """What the conversation consists of; replaced as a whole when a turn begins."""
-
-    ids: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
-    """Positions of image tokens, rising."""
-    pictures: list[EncodedPicture] = field(default_factory=list)
-
-    def embeddings(self, model: Model, start: int, end: int) -> Float:
-        """Token embeddings of positions start .. end - 1 with image tokens spliced in."""
-        embeddings = model.engine.embed(np.array(self.ids[start:end], np.int64))
-        slots = np.array(self.slots, np.int64)
-        first, last = np.searchsorted(slots, [start, end])
-        if last > first:
-            tokens = np.concatenate([picture.tokens for picture in self.pictures])
-            embeddings[slots[first:last] - start] = tokens[first:last]
-        return embeddings
 
 
 class Chat:
@@ -68,41 +57,60 @@ class Chat:
         self._model = model
         self._system = system
         self._state = model.engine.new_state()
-        self._context = _Context()
+        self._context = Context()
         self._filled = 0  # positions of the context whose keys and values are in the cache
         self._busy = threading.Lock()
 
     def send(
-        self, prompt: str, images: Sequence[PictureSource] = (), request: Request | None = None
+        self,
+        prompt: str = "",
+        images: Sequence[PictureSource] = (),
+        request: Request | None = None,
+        *,
+        task: str | None = None,
     ) -> Generation:
         """Asks the next question; pictures stand before the text.
 
         Nothing runs until the first piece is asked for, and nothing is kept of a turn that was
         cancelled or failed before its first token.
 
+        Args:
+            prompt: The question.
+            images: Pictures it is about.
+            request: How the answer is generated.
+            task: A fixed request of the model in place of a question; it takes one picture.
+
         Raises:
-            RequestError: Another answer of this conversation is still being generated. Further
-                errors come with the first piece: see `lorgnette.errors`.
+            RequestError: Another answer of this conversation is still being generated, or the
+                task is unknown or does not go with what was given. Further errors come with the
+                first piece: see `lorgnette.errors`.
         """
+        if task is not None:
+            self._check_task(task, prompt, len(images))
         if not self._busy.acquire(blocking=False):
             raise RequestError(
                 "the conversation is still answering", hint="finish or cancel that answer first"
             )
         asked = request or Request()
+        question = prompt if task is None else TaskPart(task)
         return Generation(
-            lambda control: self._answer(control, prompt, images, asked),
+            lambda control: self._answer(control, question, images, asked),
             self._busy.release,
         )
 
     def _answer(
-        self, control: Control, prompt: str, images: Sequence[PictureSource], request: Request
+        self,
+        control: Control,
+        question: str | TaskPart,
+        images: Sequence[PictureSource],
+        request: Request,
     ) -> Generator[str, None, None]:
         started = time.perf_counter()
         timings = Timings()
         before = self._context
-        turn: _Turn | None = None
+        turn: Turn | None = None
         try:
-            turn = self._read_turn(control, prompt, images, request, timings)
+            turn = self._read_turn(control, question, images, request, timings)
             logits = self._prefill(control, timings)
             sampler = Sampler(request.sampling, self._model.manifest.spec.text.vocab_size)
             token = sampler.next(logits, self._context.ids)
@@ -121,44 +129,65 @@ class Chat:
     def _read_turn(
         self,
         control: Control,
-        prompt: str,
+        question: str | TaskPart,
         images: Sequence[PictureSource],
         request: Request,
         timings: Timings,
-    ) -> _Turn:
+    ) -> Turn:
         """Preprocesses and encodes the pictures and sets the new context."""
-        model, manifest = self._model, self._model.manifest
-        pictures: list[EncodedPicture] = []
-        tiles_run = 0
+        tiles = self._read_pictures(control, images, timings)
+        parts = () if isinstance(question, TaskPart) else _grids(tiles)
+        ids, keep = self._encode(Message("user", (*parts, question)), request)
+        self._check_room(len(ids))
+        started = time.perf_counter()
+        model = self._model
+        pictures, tiles_run = encode_pictures(model.engine, tiles, model.pictures, control.check)
+        timings.vision = _since(started)
+        image_id = model.manifest.spec.image_token_id
+        old = self._context
+        kept_slots = [slot for slot in old.slots if slot < keep]
+        slots = kept_slots + [i for i in range(keep, len(ids)) if ids[i] == image_id]
+        self._context = Context(ids, slots, [*old.pictures, *pictures])
+        self._filled = min(self._filled, keep, len(ids) - 1)
+        return Turn(keep, len(ids), len(ids) - self._filled, len(slots), tiles_run)
+
+    def _read_pictures(
+        self, control: Control, images: Sequence[PictureSource], timings: Timings
+    ) -> list[Tiles]:
+        """Tiles of all pictures, as long as there is room for their image tokens."""
+        manifest = self._model.manifest
+        tiles: list[Tiles] = []
         for image in images:
             control.check()
             started = time.perf_counter()
-            tiles = prepare(load_image(image), manifest.preprocess)
+            pixels = load_image(image)
+            grid = ImagePart(*grid_for(len(pixels), pixels.shape[1], manifest.preprocess))
+            message = Message("user", (*_grids(tiles), grid))
+            self._check_room(image_token_count(manifest.prompt, [message]))
+            tiles.append(prepare(pixels, manifest.preprocess))
             timings.preprocess += _since(started)
-            started = time.perf_counter()
-            picture, fresh = encode_picture(model.engine, tiles, model.pictures, control.check)
-            tiles_run += len(tiles.pixels) if fresh else 0
-            pictures.append(picture)
-            timings.vision += _since(started)
-        content: tuple[str | ImagePart, ...] = tuple(
-            ImagePart(picture.rows, picture.cols) for picture in pictures
-        )
-        ids, keep = self._encode(Message("user", (*content, prompt)), request)
-        if len(ids) >= self._state.capacity:
+        return tiles
+
+    def _check_task(self, task: str, prompt: str, images: int) -> None:
+        """Refuses an unknown task, and one with other than a single picture."""
+        render_task(self._model.manifest.prompt, task)
+        if prompt:
+            raise RequestError("a task takes no prompt", where=task, got=repr(prompt))
+        if images != 1:
+            raise RequestError(
+                "a task is about one picture", where=task, got=f"{images} pictures", wanted=1
+            )
+
+    def _check_room(self, tokens: int) -> None:
+        """Refuses a prompt behind which no answer fits."""
+        if tokens >= self._state.capacity:
             raise RequestError(
                 "the prompt does not fit the context",
-                got=f"{len(ids)} tokens",
+                got=f"{tokens} tokens",
                 wanted=f"less than {self._state.capacity}",
                 hint="ask with fewer or smaller pictures, or export with a larger --context "
                 "or a smaller --max-tiles",
             )
-        image_id = manifest.spec.image_token_id
-        old = self._context
-        kept_slots = [slot for slot in old.slots if slot < keep]
-        slots = kept_slots + [i for i in range(keep, len(ids)) if ids[i] == image_id]
-        self._context = _Context(ids, slots, [*old.pictures, *pictures])
-        self._filled = min(self._filled, keep, len(ids) - 1)
-        return _Turn(keep, len(ids), len(ids) - self._filled, len(slots), tiles_run)
 
     def _encode(self, message: Message, request: Request) -> tuple[list[int], int]:
         """The ids of the whole conversation with a new turn, and how many stay as they were."""
@@ -196,19 +225,19 @@ class Chat:
         self,
         control: Control,
         request: Request,
-        turn: _Turn,
+        turn: Turn,
         sampler: Sampler,
         token: int,
         timings: Timings,
     ) -> Generator[str, None, None]:
         """Generates tokens until a reason to finish, yielding text as it becomes certain."""
         model, context = self._model, self._context
-        stream, stops = model.tokenizer.stream(), StopStrings(request.stop)
-        stop_ids = model.manifest.prompt.stop_token_ids
+        answer = AnswerText(model.tokenizer, model.manifest.prompt.answer_header)
+        stops, stop_ids = StopStrings(request.stop), model.manifest.prompt.stop_token_ids
         text: list[str] = []
         while True:
             context.ids.append(token)
-            piece = "" if token in stop_ids else stops.push(stream.push(token))
+            piece = "" if token in stop_ids else stops.push(answer.push(token))
             reason = self._finished(control, request, turn, stops)
             if piece:
                 text.append(piece)
@@ -218,7 +247,7 @@ class Chat:
             step_started = time.perf_counter()
             token = sampler.next(self._step(token), context.ids)
             timings.decode += _since(step_started)
-        rest = "" if reason == "stop_string" else stops.push(stream.finish()) + stops.finish()
+        rest = "" if reason == "stop_string" else stops.push(answer.finish()) + stops.finish()
         if rest:
             text.append(rest)
             yield rest
@@ -234,7 +263,7 @@ class Chat:
         )
 
     def _finished(
-        self, control: Control, request: Request, turn: _Turn, stops: StopStrings
+        self, control: Control, request: Request, turn: Turn, stops: StopStrings
     ) -> FinishReason | None:
         """Why the answer ends behind the token just taken, None where it goes on."""
         if self._context.ids[-1] in self._model.manifest.prompt.stop_token_ids:
@@ -257,20 +286,9 @@ class Chat:
         return logits
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """Counts of a turn, known before the first token.
-
-    Attributes:
-        keep: Positions at the front that are as they were before the turn.
-        prompt_tokens: As in `Result`, like the others.
-    """
-
-    keep: int
-    prompt_tokens: int
-    prefilled_tokens: int
-    image_tokens: int
-    tiles: int
+def _grids(tiles: Sequence[Tiles]) -> tuple[ImagePart, ...]:
+    """How pictures were split, as parts of a message."""
+    return tuple(ImagePart(one.rows, one.cols) for one in tiles)
 
 
 def _since(started: float) -> float:

@@ -69,9 +69,10 @@ def write_golden(golden: Golden, folder: Path) -> None:
     text = msgspec.json.format(msgspec.json.encode(golden.text), indent=1)
     (folder / TEXT_FILE).write_bytes(text + b"\n")
     tensors: dict[str, NDArray[np.generic]] = {
-        "picture": golden.picture,
-        "image_tokens": golden.image_tokens,
-        "logits": golden.logits,
+        # safetensors writes the memory of an array as it lies, whatever its strides say.
+        "picture": np.ascontiguousarray(golden.picture),
+        "image_tokens": np.ascontiguousarray(golden.image_tokens),
+        "logits": np.ascontiguousarray(golden.logits),
     }
     safetensors.numpy.save_file(tensors, folder / TENSOR_FILE)
 

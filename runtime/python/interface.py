@@ -8,8 +8,10 @@ answer.
 from __future__ import annotations
 
 from lorgnette.bundle import Bundle
-from lorgnette.errors import BundleError
+from lorgnette.errors import BundleError, ConfigError
 from lorgnette.manifest import ComponentEntry, Manifest, TensorEntry
+from lorgnette.runtime.preprocess import check_spec
+from lorgnette.spec import TilePreprocess
 
 Tensors = list[tuple[str, str, tuple[int | str, ...]]]
 
@@ -22,6 +24,7 @@ def check_interface(bundle: Bundle) -> None:
     """
     manifest = bundle.manifest
     _check_numbers(bundle)
+    _check_prompt(bundle)
     for name, (inputs, outputs) in _wanted(manifest).items():
         entry = manifest.component(name)
         for got, wanted in ((_listed(entry.inputs), inputs), (_listed(entry.outputs), outputs)):
@@ -34,19 +37,45 @@ def _check_numbers(bundle: Bundle) -> None:
     """Refuses numbers that no model has, and pairs of numbers that must be equal."""
     manifest = bundle.manifest
     vision, text = manifest.spec.vision, manifest.spec.text
-    scale = manifest.spec.projector_scale
-    counts = (vision.image_size, vision.patch_size, scale, text.vocab_size, text.hidden_size)
+    fold = manifest.spec.projector.patches_per_token
+    counts = (vision.image_size, vision.patch_size, fold, text.vocab_size, text.hidden_size)
     if min(*counts, text.layers, text.kv_heads, text.head_size) < 1:
         raise _lie(bundle, "sizes of the model", min(counts), "1 or more")
     if not 2 <= manifest.context_length <= text.max_positions:
         wanted = f"2 to {text.max_positions}"
         raise _lie(bundle, "context length", manifest.context_length, wanted)
     per_tile = manifest.spec.image_tokens_per_tile
-    if manifest.prompt.image.tokens_per_tile != per_tile:
-        got = manifest.prompt.image.tokens_per_tile
-        raise _lie(bundle, "image tokens of a tile in the prompt", got, per_tile)
+    if per_tile < 1:
+        raise _lie(bundle, "image tokens of a tile", per_tile, "1 or more")
     if manifest.preprocess.tile_size != vision.image_size:
         raise _lie(bundle, "tile size", manifest.preprocess.tile_size, vision.image_size)
+    try:
+        check_spec(manifest.preprocess)
+    except ConfigError as error:
+        raise _lie(bundle, "preprocessing", error.got, error.wanted) from error
+
+
+def _check_prompt(bundle: Bundle) -> None:
+    """Refuses a prompt that would not hold its pictures' image tokens, or lacks what it needs."""
+    manifest, prompt = bundle.manifest, bundle.manifest.prompt
+    image, per_tile = prompt.image, manifest.spec.image_tokens_per_tile
+    if image.tokens_per_tile != per_tile:
+        raise _lie(bundle, "image tokens of a tile in the prompt", image.tokens_per_tile, per_tile)
+    if not image.image_token:
+        raise _lie(bundle, "image token", repr(""), "a token")
+    pictures = {f"task {name}": text for name, text in prompt.tasks.items()}
+    pictures["a picture"] = image.single
+    if isinstance(manifest.preprocess, TilePreprocess) and manifest.preprocess.split:
+        pictures |= {"a tile": image.tile, "a thumbnail": image.thumbnail}
+        if prompt.tasks:
+            raise _lie(bundle, "tasks", ", ".join(prompt.tasks), "pictures of one tile")
+    for name, text in pictures.items():
+        if text.count("{image}") != 1 or image.image_token in text:
+            raise _lie(bundle, f"text of {name}", repr(text), "{image} once")
+    if prompt.default_system is not None and "system" not in prompt.turns:
+        raise _lie(bundle, "default system message", "no role system", "one")
+    if prompt.answer_header.isspace():
+        raise _lie(bundle, "header of an answer", repr(prompt.answer_header), "more than space")
 
 
 def _wanted(manifest: Manifest) -> dict[str, tuple[Tensors, Tensors]]:

@@ -80,6 +80,7 @@ class Model:
         seed: int = 0,
         stop: str | Sequence[str] = (),
         system: str | None = None,
+        task: str | None = None,
     ) -> Generation:
         """Answers one question about pictures.
 
@@ -94,13 +95,15 @@ class Model:
             seed: Same seed, same answer.
             stop: A string or several that end the answer.
             system: A system message, where the chat template has a place for one.
+            task: A fixed request of the model, such as `ocr`, in place of a prompt; it takes
+                exactly one picture.
 
         Returns:
             An iterator over pieces of text; `result()` has the whole and the timings. Errors of
             pictures and prompt come with the first piece.
 
         Raises:
-            RequestError: A setting is out of range.
+            RequestError: A setting is out of range, or there is no such task.
         """
         request = Request(
             max_new_tokens=max_new_tokens,
@@ -108,7 +111,8 @@ class Model:
             stop=as_tuple(stop),
         )
         several = isinstance(images, Sequence) and not isinstance(images, str | bytes)
-        return self.chat(system).send(prompt, images if several else (images,), request)  # type: ignore[arg-type]
+        pictures: Sequence[PictureSource] = images if several else (images,)  # type: ignore[assignment]
+        return self.chat(system).send(prompt, pictures, request, task=task)
 
     def chat(self, system: str | None = None) -> Chat:
         """Starts a conversation with a KV cache of its own."""
@@ -138,6 +142,12 @@ def usable_cores() -> int:
 
 def _check_tokenizer(tokenizer: Tokenizer, bundle: Bundle) -> None:
     spec, prompt = bundle.manifest.spec, bundle.manifest.prompt
+    if prompt.answer_header and not tokenizer.encode(prompt.answer_header):
+        raise BundleError(
+            "the tokenizer makes no tokens of the answer's header",
+            where=bundle.path,
+            got=repr(prompt.answer_header),
+        )
     if tokenizer.token_id(prompt.image.image_token) != spec.image_token_id:
         raise BundleError(
             "the tokenizer has another image token than the manifest",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,3 +99,20 @@ def encode_picture(
     picture = EncodedPicture(tokens.reshape(-1, tokens.shape[-1]), tiles.rows, tiles.cols)
     cache.put(key, picture)
     return picture, True
+
+
+def encode_pictures(
+    engine: Engine, pictures: Sequence[Tiles], cache: PictureCache, check: Callable[[], None]
+) -> tuple[list[EncodedPicture], int]:
+    """Image tokens of several pictures, and how many tiles the vision encoder ran on for them.
+
+    The arguments are those of `encode_picture`.
+    """
+    encoded: list[EncodedPicture] = []
+    tiles_run = 0
+    for tiles in pictures:
+        check()
+        picture, fresh = encode_picture(engine, tiles, cache, check)
+        tiles_run += len(tiles.pixels) if fresh else 0
+        encoded.append(picture)
+    return encoded, tiles_run

@@ -1,87 +1,49 @@
 """From a picture to the tiles that the vision encoder reads.
 
 The tiles stay uint8: the vision encoder casts and normalises inside its graph. `pixel_values`
-gives the same numbers outside of it, for checks.
-
-Source: transformers 5.23, Idefics3ImageProcessorPil and SmolVLMImageProcessorPil (the same
-    steps in both), whose sizes depend on float64 divisions: the order of operations is theirs.
+gives the same numbers outside of it, for checks. Each kind of preprocessing has a file of its own.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from lorgnette.errors import ConfigError, ImageError, RequestError
-from lorgnette.runtime.resample import Pixels, resize_planes
-from lorgnette.spec import TilePreprocess
+from lorgnette.errors import ConfigError
+from lorgnette.runtime.preprocess_square import check_square, square_picture
+from lorgnette.runtime.preprocess_tiles import (
+    check_tile_sizes,
+    longest_edge_for_max_tiles,
+    resize_steps,
+    split_picture,
+    tile_grid,
+)
+from lorgnette.runtime.resample import Pixels
+from lorgnette.runtime.tiles import MAX_PIXELS, MAX_SIDE, Tiles, check_pixels, check_size
+from lorgnette.spec import Preprocess, SquarePreprocess
 
-MAX_SIDE = 16_384
-"""Most pixels along one side of a picture."""
-MAX_PIXELS = 64_000_000
-"""Most pixels of a picture."""
-_MAX_RESIZED = 4096
-"""The reference never resizes the longest side beyond this before tiling."""
+__all__ = [
+    "MAX_PIXELS",
+    "MAX_SIDE",
+    "Tiles",
+    "check_pixels",
+    "check_size",
+    "check_spec",
+    "grid_for",
+    "longest_edge_for_max_tiles",
+    "pixel_values",
+    "prepare",
+    "resize_steps",
+]
 
-
-@dataclass(frozen=True, eq=False)
-class Tiles:
-    """A picture as the vision encoder wants it.
-
-    Attributes:
-        pixels: uint8[G, 3, tile, tile], C-contiguous: the tiles row by row, then, where the
-            picture was split, its thumbnail.
-        rows: Tiles from top to bottom; 0 where the picture is one tile.
-        cols: Tiles from left to right; 0 where the picture is one tile.
-    """
-
-    pixels: Pixels
-    rows: int
-    cols: int
-
-
-def check_size(height: int, width: int, where: str | None = None) -> None:
-    """Refuses a picture without pixels or with too many.
-
-    Raises:
-        ImageError: If a side is 0 or the picture is over `MAX_SIDE` or `MAX_PIXELS`.
-    """
-    if height < 1 or width < 1:
-        raise ImageError(
-            "empty picture", where=where, got=f"{width} x {height} pixels", wanted="at least 1 x 1"
-        )
-    if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
-        raise ImageError(
-            "picture too large",
-            where=where,
-            got=f"{width} x {height} pixels",
-            wanted=f"sides of at most {MAX_SIDE} and at most {MAX_PIXELS} pixels",
-            hint="make it smaller first",
-        )
+_LARGEST = 1e6
+"""More than any scale or mean of pixels is, and small enough for every step in float32."""
 
 
-def check_pixels(image: npt.NDArray[np.generic]) -> None:
-    """Refuses an array that is not a picture.
-
-    Raises:
-        ImageError: If the array is not uint8[H, W, 3] or is of a size that `check_size` refuses.
-    """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ImageError(
-            "not a picture",
-            got=f"{image.dtype}{list(image.shape)}",
-            wanted="uint8[H, W, 3], red, green, blue",
-        )
-    check_size(image.shape[0], image.shape[1])
-
-
-def prepare(image: Pixels, spec: TilePreprocess) -> Tiles:
-    """Resizes a picture, rounds it up to whole tiles, splits it and adds a thumbnail.
-
-    The thumbnail is made of the picture as rounded to tiles, so its aspect is the tiles' one.
+def prepare(image: Pixels, spec: Preprocess) -> Tiles:
+    """Makes tiles of a picture: see `split_picture` and `square_picture` for the kinds.
 
     Args:
         image: The picture.
@@ -92,25 +54,15 @@ def prepare(image: Pixels, spec: TilePreprocess) -> Tiles:
 
     Raises:
         ImageError: If the array is not a picture or is too large.
-        ConfigError: If `spec` holds impossible sizes.
+        ConfigError: If `spec` holds impossible numbers.
     """
     check_pixels(image)
-    tile = spec.tile_size
-    planes = image.transpose(0, 2, 1)
-    for size in resize_steps(image.shape[0], image.shape[1], spec):
-        if size != (len(planes), planes.shape[2]):
-            planes = resize_planes(planes, *size, spec.resample)
-    rows, cols = len(planes) // tile, planes.shape[2] // tile
-    if rows * cols == 1:
-        return Tiles(np.ascontiguousarray(planes.transpose(1, 0, 2))[np.newaxis], 0, 0)
-    pixels = np.empty((rows * cols + 1, 3, tile, tile), np.uint8)
-    grid = planes.reshape(rows, tile, 3, cols, tile).transpose(0, 3, 2, 1, 4)
-    pixels[:-1].reshape(rows, cols, 3, tile, tile)[:] = grid
-    pixels[-1] = resize_planes(planes, tile, tile, spec.resample).transpose(1, 0, 2)
-    return Tiles(pixels, rows, cols)
+    if isinstance(spec, SquarePreprocess):
+        return square_picture(image, spec)
+    return split_picture(image, spec)
 
 
-def grid_for(height: int, width: int, spec: TilePreprocess) -> tuple[int, int]:
+def grid_for(height: int, width: int, spec: Preprocess) -> tuple[int, int]:
     """The rows and columns of tiles a picture becomes, without touching a pixel.
 
     Args:
@@ -123,76 +75,39 @@ def grid_for(height: int, width: int, spec: TilePreprocess) -> tuple[int, int]:
 
     Raises:
         ImageError: If the picture is empty or too large.
-        ConfigError: If `spec` holds impossible sizes.
+        ConfigError: If `spec` holds impossible numbers.
     """
-    height, width = resize_steps(height, width, spec)[-1]
-    rows, cols = height // spec.tile_size, width // spec.tile_size
-    return (0, 0) if rows * cols == 1 else (rows, cols)
+    if isinstance(spec, SquarePreprocess):
+        check_size(height, width)
+        check_square(spec)
+        return 0, 0
+    return tile_grid(height, width, spec)
 
 
-def resize_steps(height: int, width: int, spec: TilePreprocess) -> list[tuple[int, int]]:
-    """The heights and widths a picture is resized to, one after the other, before it is split.
-
-    Args:
-        height: Height of the picture, in pixels.
-        width: Width of the picture, in pixels.
-        spec: The model's way of preprocessing.
+def check_spec(spec: Preprocess) -> None:
+    """Refuses numbers that no picture can be made with.
 
     Raises:
-        ImageError: If the picture is empty or too large.
-        ConfigError: If `spec` holds impossible sizes.
+        ConfigError: A size, a colour or a number of the normalisation is out of range.
     """
-    check_size(height, width)
-    tile = spec.tile_size
-    # A bundle comes from anywhere: sizes that would fill the memory are refused.
-    if not 1 <= tile <= _MAX_RESIZED or spec.longest_edge < 1:
+    if isinstance(spec, SquarePreprocess):
+        check_square(spec)
+    else:
+        check_tile_sizes(spec)
+    scales = (spec.rescale, *spec.std)
+    if not all(1 / _LARGEST <= scale <= _LARGEST for scale in scales):
         raise ConfigError(
             "impossible preprocessing",
-            got=f"tile size {tile}, longest edge {spec.longest_edge}",
-            wanted=f"a tile size of 1 to {_MAX_RESIZED} and a longest edge of at least 1",
+            got=f"rescale {spec.rescale}, std {list(spec.std)}",
+            wanted="positive numbers",
         )
-    resized = _longest_edge_size(height, width, spec.longest_edge)
-    return [resized, _whole_tiles(*resized, tile) if spec.split else (tile, tile)]
-
-
-def longest_edge_for_max_tiles(max_tiles: int, tile_size: int, published_longest_edge: int) -> int:
-    """The largest longest edge that never makes more tiles than wanted, thumbnail included.
-
-    A longest edge of k tiles makes at most k * k + 1 of them (1 where k is 1), for a square. An
-    odd number of pixels makes room for k + 1 rows, because the reference makes the short side
-    even after it has made the long one.
-
-    Args:
-        max_tiles: Most tiles of one picture, at least 1.
-        tile_size: Side of a tile, in pixels.
-        published_longest_edge: The longest edge the model was trained with, in pixels.
-
-    Returns:
-        A multiple of `tile_size`, at most `published_longest_edge`.
-
-    Raises:
-        RequestError: If not even the smallest edge keeps to `max_tiles`.
-        ConfigError: If `published_longest_edge` is less than one tile.
-    """
-    if max_tiles < 1:
-        raise RequestError("cannot limit the tiles of a picture", got=max_tiles, wanted="1 or more")
-    if not 1 <= tile_size <= published_longest_edge:
+    if not all(math.isfinite(mean) and abs(mean) <= _LARGEST for mean in spec.mean):
         raise ConfigError(
-            "longest edge and tile size do not fit",
-            got=f"longest edge {published_longest_edge}, tile size {tile_size}",
-            wanted="a longest edge of at least one tile",
+            "impossible preprocessing", got=f"mean {list(spec.mean)}", wanted="finite numbers"
         )
-    for count in range(published_longest_edge // tile_size, 0, -1):
-        edge = count * tile_size
-        side = count + edge % 2
-        if (side * side + 1 if side > 1 else 1) <= max_tiles:
-            return edge
-    raise RequestError(
-        "cannot limit the tiles of a picture", got=max_tiles, wanted="5 or more for odd tile sizes"
-    )
 
 
-def pixel_values(pixels: Pixels, spec: TilePreprocess) -> npt.NDArray[np.float32]:
+def pixel_values(pixels: Pixels, spec: Preprocess) -> npt.NDArray[np.float32]:
     """What the vision encoder computes from its tiles before the first layer.
 
     Args:
@@ -211,39 +126,3 @@ def pixel_values(pixels: Pixels, spec: TilePreprocess) -> npt.NDArray[np.float32
         mean, std = np.float32(spec.mean[channel]), np.float32(spec.std[channel])
         out[..., channel, :, :] = ((scaled - mean) / std)[pixels[..., channel, :, :]]
     return out
-
-
-def _longest_edge_size(height: int, width: int, longest_edge: int) -> tuple[int, int]:
-    """Height and width with the longest side of `longest_edge`, the other one made even.
-
-    Source: get_resize_output_image_size of both image processors.
-    """
-    aspect = width / height
-    if width >= height:
-        width, height = longest_edge, int(longest_edge / aspect)
-        height += height % 2
-    else:
-        width, height = int(longest_edge * aspect), longest_edge
-        width += width % 2
-    height, width = max(height, 1), max(width, 1)
-    aspect = width / height
-    if width >= height and width > _MAX_RESIZED:
-        width, height = _MAX_RESIZED, int(_MAX_RESIZED / aspect)
-    elif height > width and height > _MAX_RESIZED:
-        width, height = int(_MAX_RESIZED * aspect), _MAX_RESIZED
-    return max(height, 1), max(width, 1)
-
-
-def _whole_tiles(height: int, width: int, tile: int) -> tuple[int, int]:
-    """Height and width rounded up to whole tiles, the long side first.
-
-    Source: resize_for_vision_encoder of both image processors.
-    """
-    aspect = width / height
-    if width >= height:
-        width = math.ceil(width / tile) * tile
-        height = math.ceil(int(width / aspect) / tile) * tile
-    else:
-        height = math.ceil(height / tile) * tile
-        width = math.ceil(int(height * aspect) / tile) * tile
-    return height, width

@@ -7,7 +7,7 @@ token: see `encode_prompt`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +19,11 @@ from lorgnette.runtime.turns import (
     ImagePart,
     Message,
     Piece,
+    TaskPart,
     joined,
     prompt_pieces,
     render_image,
+    render_task,
     suffix_pieces,
     turn_pieces,
 )
@@ -31,6 +33,7 @@ __all__ = [
     "Continuation",
     "ImagePart",
     "Message",
+    "TaskPart",
     "answer_message",
     "continue_prompt",
     "encode_prompt",
@@ -39,6 +42,7 @@ __all__ = [
     "render_image",
     "render_prompt",
     "render_suffix",
+    "render_task",
     "render_turn",
 ]
 
@@ -212,10 +216,16 @@ def image_slots(
 
 def image_token_count(spec: PromptSpec, messages: Sequence[Message]) -> int:
     """How many image tokens the pictures of these messages take."""
-    parts = [part for message in messages for part in message.content]
-    grids = {part for part in parts if isinstance(part, ImagePart)}
-    size = {part: render_image(spec.image, part).count(spec.image.image_token) for part in grids}
-    return sum(size[part] for part in parts if isinstance(part, ImagePart))
+    parts = [part for message in messages for part in message.content if not isinstance(part, str)]
+    size = {part: _rendered(spec, part).count(spec.image.image_token) for part in set(parts)}
+    return sum(size[part] for part in parts)
+
+
+def _rendered(spec: PromptSpec, part: ImagePart | TaskPart) -> str:
+    """The text of a picture or a task."""
+    if isinstance(part, TaskPart):
+        return render_task(spec, part.name)
+    return render_image(spec.image, part)
 
 
 def _refuse_special_text(pieces: Sequence[Piece], tokenizer: Tokenizer) -> None:
@@ -254,13 +264,28 @@ def _check_image_tokens(
 
 
 def _encode_after(tokenizer: Tokenizer, base: list[int], suffix: str) -> list[int]:
-    """The ids of the context and a suffix, letting tokens form across the border."""
+    """The ids of the context and a suffix, letting tokens form across the border.
+
+    Where the suffix begins with an added token, as it mostly does, none can: it is then encoded
+    alone in effect, whatever the context's ids are.
+    """
     # Tokens never form across an added token, so the text since the last one is enough.
     cut = max((n for n, i in enumerate(base) if i in tokenizer.added_ids), default=0)
-    tail = tokenizer.decode(base[cut:], skip_special=False)
-    if tokenizer.encode(tail) == base[cut:]:
-        return base[:cut] + tokenizer.encode(tail + suffix)
+    for tail in _texts(tokenizer, base[cut:]):
+        if tokenizer.encode(tail) == base[cut:]:
+            return base[:cut] + tokenizer.encode(tail + suffix)
     return base + tokenizer.encode(suffix)
+
+
+def _texts(tokenizer: Tokenizer, ids: list[int]) -> Iterator[str]:
+    """Texts that may have these ids, of which the first may be an added token.
+
+    Tokenizers of LLaMA's kind put a space before every text between added tokens, or before the
+    first alone, and decoding takes one off the very first.
+    """
+    yield tokenizer.decode(ids, skip_special=False)
+    first, rest = tokenizer.decode(ids[:1], skip_special=False), ids[1:]
+    yield first + tokenizer.decode(rest, skip_special=False)
 
 
 def _shared(first: Sequence[int], second: Sequence[int]) -> int:

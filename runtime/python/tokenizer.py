@@ -77,7 +77,16 @@ class Tokenizer:
             raise BundleError(
                 "the tokenizer cannot be read", where=path, got=error.strerror or error
             ) from error
-        return cls(_load(data, path), where=path)
+        return cls.from_bytes(data, where=path)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, where: object) -> Tokenizer:
+        """Reads the contents of a tokenizer.json.
+
+        Raises:
+            BundleError: They are not JSON or not a tokenizer.
+        """
+        return cls(_load(data, where), where=where)
 
     @cached_property
     def vocab_size(self) -> int:

@@ -38,16 +38,31 @@ class ImagePart:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskPart:
+    """A fixed request about one picture, which is part of it.
+
+    Attributes:
+        name: Its name in `PromptSpec.tasks`.
+    """
+
+    name: str
+
+
+Part = str | ImagePart | TaskPart
+"""What a message consists of."""
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a conversation.
 
     Attributes:
         role: `system`, `user` or `assistant`.
-        content: Text and pictures, in order; at least one of them.
+        content: Text and pictures, in order, or one task; at least one part.
     """
 
     role: str
-    content: tuple[str | ImagePart, ...]
+    content: tuple[Part, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +83,22 @@ def render_image(template: ImageTemplate, part: ImagePart) -> str:
         for row in range(1, part.rows + 1)
     ]
     return "".join(rows) + _filled(template, template.thumbnail, 0, 0)
+
+
+def render_task(spec: PromptSpec, name: str) -> str:
+    """The text of a fixed request, its picture expanded.
+
+    Raises:
+        RequestError: The model has no such task.
+    """
+    if not spec.tasks:
+        raise RequestError("the model has no tasks", got=repr(name), hint="ask with a prompt")
+    if name not in spec.tasks:
+        raise RequestError(
+            "the model has no such task", got=repr(name), wanted=" or ".join(spec.tasks)
+        )
+    image = spec.image.image_token * spec.image.tokens_per_tile
+    return spec.tasks[name].replace("{image}", image)
 
 
 def _filled(template: ImageTemplate, text: str, row: int, col: int) -> str:
@@ -96,6 +127,8 @@ def turn_pieces(spec: PromptSpec, message: Message) -> list[Piece]:
     for part in message.content:
         if isinstance(part, ImagePart):
             pieces.append(Piece(render_image(spec.image, part), False))
+        elif isinstance(part, TaskPart):
+            pieces.append(Piece(render_task(spec, part.name), False))
         else:
             pieces.append(Piece(part, True))
     return [*pieces, Piece(turn.footer, False)]
@@ -104,10 +137,13 @@ def turn_pieces(spec: PromptSpec, message: Message) -> list[Piece]:
 def prompt_pieces(
     spec: PromptSpec, messages: Sequence[Message], add_generation: bool
 ) -> list[Piece]:
-    """A whole conversation from its prefix on."""
-    dialogue = messages[1:] if messages and messages[0].role == "system" else messages
-    _check_order(dialogue, add_generation)
+    """A whole conversation from its prefix on, with a system message where the model needs one."""
+    has_system = bool(messages) and messages[0].role == "system"
+    _check_order(messages[1:] if has_system else messages, add_generation)
     pieces = [Piece(spec.prefix, False)]
+    if not has_system and spec.default_system is not None:
+        own = turn_pieces(spec, Message("system", (spec.default_system,)))
+        pieces += [Piece(piece.text, False) for piece in own]  # the model's words, nobody's typing
     for message in messages:
         pieces += turn_pieces(spec, message)
     return [*pieces, Piece(spec.generation, False)] if add_generation else pieces

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from lorgnette.targets.onnx.graph import BROADCASTS, CONTRIB
@@ -51,3 +53,58 @@ def fuse_skip_norms(model: ir.Model) -> int:
         graph.remove([node, add], safe=True)
         joined += 1
     return joined
+
+
+def fuse_quick_gelus(model: ir.Model) -> int:
+    """Joins the three operators of a quick GELU.
+
+    Before: `scaled = Mul(x, alpha)`, `gate = Sigmoid(scaled)`, `y = Mul(x, gate)`.
+    After: `y = QuickGelu(x)` with that alpha.
+
+    Done only where alpha is one constant number and neither `scaled` nor `gate` is used elsewhere.
+
+    Returns:
+        How many were joined.
+    """
+    graph = model.graph
+    joined = 0
+    for node in list(graph):
+        if node.op_type != "Sigmoid":
+            continue
+        (scaled,), (gate,) = node.inputs, node.outputs
+        scale = scaled.producer() if scaled is not None else None
+        multiply = _only_user(gate)
+        if scale is None or multiply is None or _only_user(scale.outputs[0]) is not node:
+            continue
+        if scale.op_type != "Mul" or multiply.op_type != "Mul":
+            continue
+        x, alpha = scale.inputs
+        number = alpha.const_value if alpha is not None else None
+        if number is None or number.size != 1 or not _are(multiply.inputs, x, gate):
+            continue
+        gelu = ir.Node(
+            CONTRIB,
+            "QuickGelu",
+            [x],
+            attributes=[ir.AttrFloat32("alpha", float(number.numpy()))],
+            name=f"Quick{multiply.name}",
+        )
+        (out,) = multiply.outputs
+        gelu.outputs[0].name = out.name
+        graph.insert_before(scale, gelu)
+        out.replace_all_uses_with(gelu.outputs[0], replace_graph_outputs=True)
+        graph.remove([multiply, node, scale], safe=True)
+        if alpha is not None and not alpha.uses():  # engines warn of weights that nothing reads
+            del graph.initializers[str(alpha.name)]
+        joined += 1
+    return joined
+
+
+def _only_user(value: ir.Value) -> ir.Node | None:
+    users = [usage.node for usage in value.uses()]
+    return users[0] if len(users) == 1 and not value.is_graph_output() else None
+
+
+def _are(found: Sequence[ir.Value | None], one: ir.Value | None, other: ir.Value | None) -> bool:
+    """Whether `found` is these two, in either order."""
+    return (found[0] is one and found[1] is other) or (found[0] is other and found[1] is one)

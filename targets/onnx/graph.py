@@ -226,7 +226,8 @@ def build_graph(builder: GraphBuilder, program: ExportedProgram) -> ir.Model:
     Raises:
         ConfigError: An operator that this target has no translation for.
     """
-    from lorgnette.targets.onnx.operators import TRANSLATIONS, Parameter
+    from lorgnette.targets.onnx.arguments import Parameter
+    from lorgnette.targets.onnx.operators import TRANSLATIONS
 
     signature = program.graph_signature
     parameters = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}

@@ -38,12 +38,13 @@ class OnnxLowering:
         """Lowers one component; its weights are read, packed and written one by one."""
         import onnx_ir as ir
 
-        from lorgnette.targets.onnx.fuse import fuse_skip_norms
+        from lorgnette.targets.onnx.fuse import fuse_quick_gelus, fuse_skip_norms
         from lorgnette.targets.onnx.graph import GraphBuilder, build_graph
 
         builder = GraphBuilder(component, source, self._plan, self._weights)
         model = build_graph(builder, program)
         fuse_skip_norms(model)
+        fuse_quick_gelus(model)
         operators = Counter(f"{node.domain or 'ai.onnx'}::{node.op_type}" for node in model.graph)
         path = self._folder / GRAPHS / f"{component.name}.onnx"
         ir.save(model, path)

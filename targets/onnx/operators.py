@@ -2,51 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
 from lorgnette.errors import ConfigError
-from lorgnette.targets.onnx.graph import BROADCASTS, CONTRIB, DTYPES, GraphBuilder
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A weight that no graph value stands for yet: the operator decides how it is stored."""
-
-    name: str
-
-
-class DynamicSize:
-    """A size known only at run time."""
-
-
-Known = Mapping[torch.fx.Node, object]
-Translation = Callable[[GraphBuilder, torch.fx.Node, Known], object]
-
-
-def _value(builder: GraphBuilder, known: Known, argument: object) -> ir.Value:
-    """The graph value of an argument: computed, a float weight, or a number."""
-    if isinstance(argument, torch.fx.Node):
-        argument = known[argument]
-    if isinstance(argument, ir.Value):
-        return argument
-    if isinstance(argument, Parameter):
-        return builder.float_weight(argument.name)
-    if isinstance(argument, int | float):
-        return builder.constant(np.array(argument, np.float32))
-    raise ConfigError("argument has no graph value", where=builder.component.name, got=argument)
-
-
-def _parameter(builder: GraphBuilder, known: Known, argument: object) -> str:
-    found = known[argument] if isinstance(argument, torch.fx.Node) else argument
-    if not isinstance(found, Parameter):
-        raise ConfigError("operand is not a weight", where=builder.component.name, got=argument)
-    return found.name
+from lorgnette.targets.onnx import elementwise, rearrange
+from lorgnette.targets.onnx.arguments import Known, Translation, graph_value, weight_name
+from lorgnette.targets.onnx.graph import CONTRIB, Attribute, GraphBuilder
 
 
 def linear(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
@@ -55,8 +20,8 @@ def linear(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value
     Weights keep their `[out, in]` layout: MatMulNBits wants it, FusedMatMul takes it transposed,
     and an embedding tied to the head can share the bytes.
     """
-    x = _value(builder, known, node.args[0])
-    weight = _parameter(builder, known, node.args[1])
+    x = graph_value(builder, known, node.args[0])
+    weight = weight_name(builder, known, node.args[1])
     scheme = builder.scheme(weight)
     if scheme.is_integer:
         out = _grouped_matmul(builder, x, weight, node)
@@ -68,7 +33,7 @@ def linear(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value
             matrix = builder.float_weight(weight)
         (out,) = builder.node("FusedMatMul", [x, matrix], {"transB": 1}, domain=CONTRIB)
     if len(node.args) > 2 and node.args[2] is not None:
-        (out,) = builder.node("Add", [out, _value(builder, known, node.args[2])])
+        (out,) = builder.node("Add", [out, graph_value(builder, known, node.args[2])])
     return out
 
 
@@ -93,8 +58,8 @@ def _grouped_matmul(
 
 def embedding(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
     """Rows of a table; integer tables are gathered first and expanded after."""
-    table = _parameter(builder, known, node.args[0])
-    ids = _value(builder, known, node.args[1])
+    table = weight_name(builder, known, node.args[0])
+    ids = graph_value(builder, known, node.args[1])
     scheme = builder.scheme(table)
     if scheme.is_integer:
         codes, scales = builder.integer_weight(
@@ -123,14 +88,14 @@ def layer_norm(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.V
     """Layer normalisation over the last axis."""
     x, _, weight, bias = (node.args[i] for i in range(4))
     epsilon = cast("float", node.args[4]) if len(node.args) > 4 else 1e-5
-    inputs = [_value(builder, known, value) for value in (x, weight, bias)]
+    inputs = [graph_value(builder, known, value) for value in (x, weight, bias)]
     return builder.node("LayerNormalization", inputs, {"axis": -1, "epsilon": epsilon})[0]
 
 
 def rms_norm(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
     """Root mean square normalisation over the last axis."""
     x, _, weight, epsilon = node.args
-    inputs = [_value(builder, known, x), _value(builder, known, weight)]
+    inputs = [graph_value(builder, known, x), graph_value(builder, known, weight)]
     attributes = {"axis": -1, "epsilon": cast("float", epsilon), "stash_type": 1}
     # onnxruntime keeps this contrib operator in the default domain.
     return builder.node("SimplifiedLayerNormalization", inputs, attributes)[0]
@@ -138,7 +103,7 @@ def rms_norm(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Val
 
 def bidirectional_attention(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
     """Attention without mask as one fused operator."""
-    inputs = [_value(builder, known, argument) for argument in node.args[:3]]
+    inputs = [graph_value(builder, known, argument) for argument in node.args[:3]]
     attributes = {"num_heads": cast("int", node.args[3])}
     return builder.node("MultiHeadAttention", inputs, attributes, domain=CONTRIB)[0]
 
@@ -146,7 +111,7 @@ def bidirectional_attention(builder: GraphBuilder, node: torch.fx.Node, known: K
 def cached_attention(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> list[ir.Value]:
     """Grouped-query attention with rotary embedding, writing the bound cache in place."""
     qkv, key_cache, value_cache, cos, sin, past = (
-        _value(builder, known, argument) for argument in node.args[:6]
+        graph_value(builder, known, argument) for argument in node.args[:6]
     )
     total = builder.shared("total_length", lambda: _total_length(builder, past))
     last = builder.shared(
@@ -168,115 +133,48 @@ def _total_length(builder: GraphBuilder, past: ir.Value) -> ir.Value:
     return builder.node("Add", [past, length])[0]
 
 
-def gelu(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
-    """GELU, exact or by tanh."""
-    approximate = cast("str", node.kwargs.get("approximate", "none"))
-    x = _value(builder, known, node.args[0])
-    return builder.node("Gelu", [x], {"approximate": approximate})[0]
-
-
-def silu(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
-    """`x * sigmoid(x)`."""
-    x = _value(builder, known, node.args[0])
-    return builder.node("QuickGelu", [x], {"alpha": 1.0}, domain=CONTRIB)[0]
-
-
-def binary(operator: str) -> Translation:
-    """An elementwise operator of two operands."""
-
-    def translate(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
-        if node.kwargs:
-            raise ConfigError("operator has extra arguments", where=node.name, got=node.kwargs)
-        out = builder.node(operator, [_value(builder, known, a) for a in node.args[:2]])[0]
-        if _shape(node.args[0]) != _shape(node.args[1]):
-            cast("ir.Node", out.producer()).meta[BROADCASTS] = True
-        return out
-
-    return translate
-
-
-def _shape(argument: object) -> torch.Size | None:
-    return argument.meta["val"].shape if isinstance(argument, torch.fx.Node) else None
-
-
-def reshape(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
-    """A reshape with at most one size that is known only at run time."""
-    sizes = [
-        -1 if isinstance(size, torch.fx.Node) else size
-        for size in cast("list[int | torch.fx.Node]", node.args[1])
-    ]
-    if sizes.count(-1) > 1:
-        raise ConfigError("reshape has two dynamic sizes", where=f"{builder.component.name} {node}")
-    shape = builder.constant(np.array(sizes, np.int64))
-    return builder.node("Reshape", [_value(builder, known, node.args[0]), shape])[0]
-
-
-def permute(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
-    """A permutation of axes."""
-    x = _value(builder, known, node.args[0])
-    return builder.node("Transpose", [x], {"perm": cast("list[int]", node.args[1])})[0]
-
-
-def select(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
-    """One index of an axis, which is dropped."""
-    x = _value(builder, known, node.args[0])
-    index = builder.constant(np.array(node.args[2], np.int64))
-    return builder.node("Gather", [x, index], {"axis": cast("int", node.args[1])})[0]
-
-
-def slice_axis(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
-    """A contiguous part of an axis."""
-    axis, start, end = (
+def convolution(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
+    """A two-dimensional convolution, its kernel float32 under every plan."""
+    x, kernel, bias, stride, padding, dilation, groups = (
         node.args[i] if len(node.args) > i else default
-        for i, default in ((1, 0), (2, 0), (3, None))
+        for i, default in enumerate((None, None, None, [1, 1], [0, 0], [1, 1], 1))
     )
-    bounds = [start or 0, np.iinfo(np.int64).max if end is None else end, axis]
-    if len(node.args) > 4 or not all(isinstance(bound, int | np.integer) for bound in bounds):
-        raise ConfigError("slice is not constant", where=f"{builder.component.name} {node}")
-    inputs = [builder.constant(np.array([bound], np.int64)) for bound in bounds]
-    return builder.node("Slice", [_value(builder, known, node.args[0]), *inputs])[0]
+    weight = weight_name(builder, known, kernel)
+    if builder.scheme(weight).bits != 32:
+        builder.kept_in_float[weight] = "a convolution's kernel: schemes are for matrices"
+    inputs = [graph_value(builder, known, x), builder.float_weight(weight)]
+    if bias is not None:
+        inputs.append(graph_value(builder, known, bias))
+    attributes: dict[str, Attribute] = {
+        "strides": cast("list[int]", stride),
+        "pads": 2 * cast("list[int]", padding),
+        "dilations": cast("list[int]", dilation),
+        "group": cast("int", groups),
+    }
+    return builder.node("Conv", inputs, attributes)[0]
 
 
-def chunk(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> list[ir.Value]:
-    """An axis cut into equal parts.
+def average_pool(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
+    """Means of patches side by side, without border.
 
     Raises:
-        ConfigError: The axis is not divisible.
+        ConfigError: Patches overlap or stand apart, or there is a border.
     """
-    count = cast("int", node.args[1])
-    axis = cast("int", node.args[2]) if len(node.args) > 2 else 0
-    size = cast("torch.fx.Node", node.args[0]).meta["val"].shape[axis]
-    if size % count:
-        raise ConfigError("chunks are not equal", where=f"{builder.component.name} {node}")
-    x = _value(builder, known, node.args[0])
-    return builder.node("Split", [x], {"axis": axis, "num_outputs": count}, outputs=count)
+    kernel = cast("list[int]", node.args[1])
+    if (len(node.args) > 2 and node.args[2] != kernel) or len(node.args) > 3 or node.kwargs:
+        raise ConfigError("pooling is not of patches side by side", where=node.name, got=node.args)
+    x = graph_value(builder, known, node.args[0])
+    return builder.node("AveragePool", [x], {"kernel_shape": kernel, "strides": kernel})[0]
 
 
-def cast_to(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
-    """A change of dtype."""
-    x = _value(builder, known, node.args[0])
-    dtype = DTYPES[cast("torch.dtype", node.args[1])]
-    return builder.node("Cast", [x], {"to": int(dtype)})[0]
-
-
-def same(_: GraphBuilder, node: torch.fx.Node, known: Known) -> object:
-    """The first argument unchanged."""
-    return known[cast("torch.fx.Node", node.args[0])]
-
-
-def get_item(_: GraphBuilder, node: torch.fx.Node, known: Known) -> object:
-    """One output of an operator with several."""
-    outputs = known[cast("torch.fx.Node", node.args[0])]
-    return cast("list[Any]", outputs)[cast("int", node.args[1])]
-
-
-def dynamic_size(_: GraphBuilder, __: torch.fx.Node, ___: Known) -> DynamicSize:
-    """A size, or arithmetic on sizes; `reshape` leaves it to the engine."""
-    return DynamicSize()
-
-
-def nothing(_: GraphBuilder, __: torch.fx.Node, ___: Known) -> None:
-    """A check of the tracer, without effect in a graph."""
+def mean(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
+    """The mean over some axes."""
+    if node.kwargs:
+        raise ConfigError("operator has extra arguments", where=node.name, got=node.kwargs)
+    axes = builder.constant(np.array(node.args[1], np.int64))
+    keep = len(node.args) > 2 and bool(node.args[2])
+    x = graph_value(builder, known, node.args[0])
+    return builder.node("ReduceMean", [x, axes], {"keepdims": int(keep)})[0]
 
 
 TRANSLATIONS: dict[str, Translation] = {
@@ -286,22 +184,32 @@ TRANSLATIONS: dict[str, Translation] = {
     "aten.rms_norm.default": rms_norm,
     "lorgnette.bidirectional_attention.default": bidirectional_attention,
     "lorgnette.cached_attention.default": cached_attention,
-    "aten.gelu.default": gelu,
-    "aten.silu.default": silu,
-    "aten.add.Tensor": binary("Add"),
-    "aten.sub.Tensor": binary("Sub"),
-    "aten.mul.Tensor": binary("Mul"),
-    "aten.div.Tensor": binary("Div"),
-    "aten.reshape.default": reshape,
-    "aten.view.default": reshape,
-    "aten.permute.default": permute,
-    "aten.select.int": select,
-    "aten.slice.Tensor": slice_axis,
-    "aten.chunk.default": chunk,
-    "aten.to.dtype": cast_to,
-    "aten.alias.default": same,
-    "aten._assert_tensor_metadata.default": nothing,
-    "aten.sym_size.int": dynamic_size,
-    "<built-in function mul>": dynamic_size,
-    "<built-in function getitem>": get_item,
+    "aten.conv2d.default": convolution,
+    "aten.avg_pool2d.default": average_pool,
+    "aten.mean.dim": mean,
+    "aten.gelu.default": elementwise.gelu,
+    "aten.silu.default": elementwise.silu,
+    "aten.relu.default": elementwise.unary("Relu"),
+    "aten.sigmoid.default": elementwise.unary("Sigmoid"),
+    # torch's slope; the standard's own is another.
+    "aten.hardsigmoid.default": elementwise.unary("HardSigmoid", {"alpha": 1 / 6, "beta": 0.5}),
+    "aten.hardswish.default": elementwise.unary("HardSwish"),
+    "aten.add.Tensor": elementwise.binary("Add"),
+    "aten.sub.Tensor": elementwise.binary("Sub"),
+    "aten.mul.Tensor": elementwise.binary("Mul"),
+    "aten.div.Tensor": elementwise.binary("Div"),
+    "aten.reshape.default": rearrange.reshape,
+    "aten.view.default": rearrange.reshape,
+    "aten.permute.default": rearrange.permute,
+    "aten.unsqueeze.default": rearrange.unsqueeze,
+    "aten.pad.default": rearrange.pad,
+    "aten.select.int": rearrange.select,
+    "aten.slice.Tensor": rearrange.slice_axis,
+    "aten.chunk.default": rearrange.chunk,
+    "aten.to.dtype": rearrange.cast_to,
+    "aten.alias.default": rearrange.same,
+    "aten._assert_tensor_metadata.default": rearrange.nothing,
+    "aten.sym_size.int": rearrange.dynamic_size,
+    "<built-in function mul>": rearrange.dynamic_size,
+    "<built-in function getitem>": rearrange.get_item,
 }

@@ -22,7 +22,7 @@ from lorgnette.export.check import (
     golden_picture,
     make_golden,
 )
-from lorgnette.export.checkpoint import open_checkpoint
+from lorgnette.export.checkpoint import open_files
 from lorgnette.export.pipeline import export, read_parts
 from lorgnette.export.reference import Reference, stream_module
 from lorgnette.export.trace import build_module
@@ -248,7 +248,7 @@ def test_the_least_context_is_enough(tmp_path: Path) -> None:
     ],
 )
 def test_recipes_choose_the_size(recipe: Recipe, edge: int, split: bool) -> None:
-    preprocess = read_parts(open_checkpoint(CHECKPOINT), recipe).preprocess
+    preprocess = read_parts(open_files(CHECKPOINT), recipe).preprocess
     assert (preprocess.longest_edge, preprocess.split) == (edge, split)
     if recipe.max_tiles is not None:
         square = np.zeros((200, 200, 3), np.uint8)
@@ -276,7 +276,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_reading_layer_by_layer_gives_the_same_numbers(
     monkeypatch: pytest.MonkeyPatch, reads: list[str], scheme: str | None
 ) -> None:
-    parts = read_parts(open_checkpoint(CHECKPOINT), Recipe())
+    parts = read_parts(open_files(CHECKPOINT), Recipe())
     components = {component.name: component for component in parts.components}
     plan = None if scheme is None else find_plan(scheme)
     tiles = prepare(golden_picture(), parts.preprocess).pixels
@@ -299,7 +299,7 @@ def test_reading_layer_by_layer_gives_the_same_numbers(
 
 
 def test_a_streamed_module_holds_nothing_between_runs() -> None:
-    parts = read_parts(open_checkpoint(CHECKPOINT), Recipe())
+    parts = read_parts(open_files(CHECKPOINT), Recipe())
     component = parts.components[1]
     module = build_module(component)
     stream_module(module, parts.sources[component.name])
@@ -311,7 +311,7 @@ def test_a_streamed_module_holds_nothing_between_runs() -> None:
 
 
 def test_a_plan_changes_only_what_it_rounds() -> None:
-    parts = read_parts(open_checkpoint(CHECKPOINT), Recipe())
+    parts = read_parts(open_files(CHECKPOINT), Recipe())
     components = {component.name: component for component in parts.components}
     ids = [5, 6, 7]
     plain = Reference(components, parts.sources).embed(ids)
@@ -328,7 +328,7 @@ def test_a_plan_changes_only_what_it_rounds() -> None:
 
 
 def test_forced_tokens_are_followed_and_greedy_ones_are_their_own_continuation() -> None:
-    parts = read_parts(open_checkpoint(CHECKPOINT), Recipe())
+    parts = read_parts(open_files(CHECKPOINT), Recipe())
     components = {component.name: component for component in parts.components}
     reference = Reference(components, parts.sources)
     embeddings = reference.embed([1, 40, 80, 120])
@@ -354,7 +354,7 @@ def test_forced_tokens_are_followed_and_greedy_ones_are_their_own_continuation()
 
 
 def test_golden_data_is_small_and_of_the_original(tmp_path: Path) -> None:
-    parts = read_parts(open_checkpoint(CHECKPOINT), Recipe())
+    parts = read_parts(open_files(CHECKPOINT), Recipe())
     plain = make_golden(parts, PLANS["fp32"], lambda step: None)
     rounded = make_golden(parts, PLANS["int4"], lambda step: None)
     greedy = plain.text.original_greedy_ids

@@ -20,6 +20,7 @@ from lorgnette.runtime.prompt import Message, encode_prompt
 Json = dict[str, Any]
 Float = NDArray[np.float32]
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 PICTURE_ID = -1000.0
 """What the first image token of a tile is in the fake engine's cache; later ones are below."""
 
@@ -30,6 +31,15 @@ def picture(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
     row, column = np.mgrid[0:height, 0:width]
     shade = np.stack([row * 3, column * 2, row + column], axis=-1) + rng.integers(0, 256, 3)
     return ((shade + rng.integers(0, 40, shade.shape)) % 256).astype(np.uint8)
+
+
+def shared_data(name: str) -> Path:
+    """A file of `shared/data`, a folder beside the repository or above it; skips without it."""
+    for folder in Path(__file__).resolve().parents[2:]:
+        path = folder / "shared" / "data" / name
+        if path.exists():
+            return path
+    pytest.skip(f"shared/data/{name} is not there")
 
 
 def copy_bundle(source: Path, target: Path) -> Path:

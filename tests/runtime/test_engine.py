@@ -22,7 +22,7 @@ from lorgnette.runtime.engines import open_engine
 from lorgnette.runtime.engines.engine import Float
 from lorgnette.runtime.engines.onnx import OnnxDecoderState, OnnxEngine
 from lorgnette.runtime.model import Model, open_model
-from tests.runtime.support import Json, copy_bundle, edit_manifest, redigest
+from tests.runtime.support import Json, copy_bundle, edit_manifest, picture, redigest
 
 ROOT = Path(__file__).parents[2]
 SENTINEL = np.float32(12345)
@@ -184,6 +184,28 @@ def component(manifest: Json, name: str) -> Json:
     return found
 
 
+def make_square(manifest: Json, **changes: object) -> None:
+    """Preprocessing of the square kind, made of the other one's numbers."""
+    tiles = manifest["preprocess"]
+    kept = {key: tiles[key] for key in ("tile_size", "resample", "rescale", "mean", "std")}
+    square = {"kind": "square", "fit": "pad", "background": [0, 0, 0]}
+    manifest.update(preprocess=kept | square | changes, requires=["square"])
+
+
+def make_huge(manifest: Json) -> None:
+    """Tiles of a million pixels each way, and image tokens to match."""
+    side = 1_000_000
+    manifest["preprocess"]["tile_size"] = manifest["spec"]["vision"]["image_size"] = side
+    grid = manifest["spec"]["vision"]["patch_size"]
+    fold = manifest["spec"]["projector"]["patches_per_token"]
+    manifest["prompt"]["image"]["tokens_per_tile"] = (side // grid) ** 2 // fold
+
+
+def make_huge_square(manifest: Json) -> None:
+    make_square(manifest)
+    make_huge(manifest)
+
+
 LIES: dict[str, Callable[[Json], None]] = {
     "tile edge": lambda m: component(m, "vision_encoder")["inputs"][0].update(
         shape=["G", 3, 32, 32]
@@ -204,13 +226,23 @@ LIES: dict[str, Callable[[Json], None]] = {
     "no component": lambda m: m["components"].pop(0),
     "no layers": lambda m: m["spec"]["text"].update(layers=0),
     "patch size": lambda m: m["spec"]["vision"].update(patch_size=0),
-    "projector scale": lambda m: m["spec"].update(projector_scale=0),
+    "patches of an image token": lambda m: m["spec"]["projector"].update(patches_per_token=0),
     "width": lambda m: m["spec"]["text"].update(hidden_size=64),
     "vocabulary": lambda m: m["spec"]["text"].update(vocab_size=99999),
     "heads": lambda m: m["spec"]["text"].update(kv_heads=1),
     "context beyond the model's": lambda m: m.update(context_length=1 << 40),
     "no context": lambda m: m.update(context_length=1),
     "tile size": lambda m: m["preprocess"].update(tile_size=128),
+    "a tile too large": make_huge,
+    "longest edge": lambda m: m["preprocess"].update(longest_edge=0),
+    "rescale": lambda m: m["preprocess"].update(rescale=0.0),
+    "negative std": lambda m: m["preprocess"].update(std=[0.5, -0.5, 0.5]),
+    "std of nothing": lambda m: m["preprocess"].update(std=[0.5, 0.5, 0.0]),
+    "endless mean": lambda m: m["preprocess"].update(mean=[1e300, 0.5, 0.5]),
+    "colour above 255": lambda m: make_square(m, background=[0, 256, 0]),
+    "colour below 0": lambda m: make_square(m, background=[-1, 0, 0]),
+    "tile size of a square": lambda m: make_square(m, tile_size=0),
+    "a square too large": make_huge_square,
     "tokens a tile": lambda m: m["prompt"]["image"].update(tokens_per_tile=15),
 }
 
@@ -220,6 +252,26 @@ def test_a_manifest_that_lies_is_refused_at_opening(fp32: Path, tmp_path: Path, 
     bundle = edit_manifest(copy_bundle(fp32, tmp_path / "b.lorg"), LIES[lie])
     with pytest.raises(BundleError, match=r"does not fit together|component .* is missing"):
         open_model(bundle, threads=1)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
+@pytest.mark.parametrize("field", ["rescale", "std", "mean"])
+def test_numbers_that_are_none_are_refused_at_opening(
+    fp32: Path, tmp_path: Path, field: str, number: str
+) -> None:
+    bundle = copy_bundle(fp32, tmp_path / "b.lorg")
+    path = bundle / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["preprocess"][field] = "X" if field == "rescale" else ["X", 0.5, 0.5]
+    path.write_text(json.dumps(manifest).replace('"X"', number))
+    with pytest.raises(BundleError, match="manifest is not valid"):
+        open_model(bundle, threads=1)
+
+
+def test_square_preprocessing_opens(fp32: Path, tmp_path: Path) -> None:
+    bundle = edit_manifest(copy_bundle(fp32, tmp_path / "b.lorg"), make_square)
+    answer = open_model(bundle, threads=1).generate(picture(30, 50), "What?", max_new_tokens=2)
+    assert answer.result().tiles == 1
 
 
 def consistent_lies(manifest: Json) -> None:
@@ -368,8 +420,6 @@ def test_the_oldest_engine_gives_the_same_answer(
     bundle_of: Callable[[str], Path], ort_floor_path: Path, tmp_path: Path, scheme: str
 ) -> None:
     from PIL import Image
-
-    from tests.runtime.support import picture
 
     source = tmp_path / "picture.png"
     Image.fromarray(picture(50, 90, seed=2)).save(source)

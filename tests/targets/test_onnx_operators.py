@@ -12,71 +12,39 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lorgnette.errors import EXIT_WRONG_INPUT, ConfigError
-from lorgnette.export.component import Component, TensorSpec
-from lorgnette.export.trace import build_module
+from lorgnette.export.component import TensorSpec
 from lorgnette.quantize.methods import rtn
-from lorgnette.quantize.plan import PLANS, QuantPlan
-from lorgnette.quantize.scheme import QuantScheme
+from lorgnette.quantize.plan import PLANS
 from lorgnette.targets.onnx import fuse
-from tests.small import Array, Lowered, lower, single, weights_of
-
-WIDTH = 64
-Function = Callable[[Tensor], Tensor]
-
-
-class Call(nn.Module):
-    """A function of one tensor as a module."""
-
-    def __init__(self, function: Function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
-def of_width(
-    build: Callable[[], nn.Module], columns: int = WIDTH, *, outputs: int = 1
-) -> Component:
-    """A component from float32 `[1, T, columns]` to anything."""
-    made = tuple(TensorSpec(f"y{i}", torch.float32, ("a", "b", "c")) for i in range(outputs))
-    return single(
-        build,
-        (TensorSpec("x", torch.float32, (1, "T", columns)),),
-        made,
-        axes={"T": (1, 64)},
-    )
-
-
-def draw(*shape: int) -> Array:
-    return np.random.default_rng(7).standard_normal(shape, dtype=np.float32)
-
-
-def plan_of(bits: int, group: int = 32, *, int8_activations: bool = False) -> QuantPlan:
-    scheme = QuantScheme(bits=bits, group_size=group, int8_activations=int8_activations)
-    return QuantPlan("one", "one scheme for all", (("*", scheme),))
-
-
-def check(tmp_path: Path, component: Component, *inputs: Array, tolerance: float = 2e-6) -> Lowered:
-    """Lowers in float32 and compares with torch on the same weights; returns the graph."""
-    weights = weights_of(component)
-    lowered = lower(tmp_path, component, weights, PLANS["fp32"])
-    module = build_module(component)
-    module.load_state_dict(weights, assign=True)
-    with torch.no_grad():
-        wanted = module(*map(torch.from_numpy, inputs))
-    every = wanted if isinstance(wanted, tuple) else (wanted,)
-    got = lowered.run(*inputs)
-    for one, other in zip(got, every, strict=True):
-        assert one.shape == tuple(other.shape)
-        assert np.abs(one - other.numpy()).max() <= tolerance
-    return lowered
+from tests.small import (
+    WIDTH,
+    Call,
+    Function,
+    check,
+    draw,
+    lower,
+    of_width,
+    plan_of,
+    single,
+    weights_of,
+)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
     ("columns", "rows", "group"),
-    [(64, 7, 32), (72, 33, 32), (588, 5, 32), (20, 1, 32), (33, 8, 32), (200, 8, 128), (48, 9, 16)],
+    [
+        (64, 7, 32),
+        (72, 33, 32),
+        (588, 5, 32),
+        (4304, 3, 32),
+        (6912, 3, 32),
+        (10368, 3, 32),
+        (20, 1, 32),
+        (33, 8, 32),
+        (200, 8, 128),
+        (48, 9, 16),
+    ],
 )
 def test_grouped_matmul(tmp_path: Path, columns: int, rows: int, group: int, bits: int) -> None:
     component = of_width(lambda: nn.Linear(columns, rows), columns)

@@ -181,14 +181,14 @@ def test_unknown_component(path: Path) -> None:
         open_bundle(path).manifest.component("encoder")
 
 
-@pytest.mark.parametrize(("major", "hint"), [(2, "update lorgnette"), (0, "export it again")])
+@pytest.mark.parametrize(("major", "hint"), [(3, "update lorgnette"), (1, "export it again")])
 def test_other_major(path: Path, major: int, hint: str) -> None:
     def change(values: Json) -> None:
         values["format"]["major"] = major
         values["something_new"] = 1  # must not hide the reason
 
     edit(path, change)
-    refused(path, "not supported", f"version {major}.0", "1.x", hint)
+    refused(path, "not supported", f"version {major}.0", "2.x", hint)
 
 
 def test_newer_minor_is_read(path: Path) -> None:
@@ -212,7 +212,7 @@ CHANGES: dict[str, Callable[[Json], object]] = {
     "resample": lambda v: v["preprocess"].update(resample="nearest"),
     "kind": lambda v: v["preprocess"].update(kind="sound"),
     "dtype": lambda v: v["components"][0]["inputs"][0].update(dtype="float8"),
-    "major": lambda v: v["format"].update(major="1"),
+    "major": lambda v: v["format"].update(major="2"),
     "bytes": lambda v: v["files"][0].update(bytes=1.5),
     "files": lambda v: v.update(files={}),
 }

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from lorgnette.errors import EXIT_WRONG_INPUT, CheckpointError
 from lorgnette.export import checkpoint as checkpoint_module
-from lorgnette.export.checkpoint import INDEX_NAME, open_checkpoint, read_json
+from lorgnette.export.checkpoint import INDEX_NAME, combine, open_files, read_json
 from tests.helpers import write_weights
 
 TENSORS = {
@@ -50,7 +50,7 @@ def change_index(folder: Path, change: Callable[[dict[str, str]], object]) -> No
 
 def refused(folder: Path, *parts: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(folder)
+        open_files(folder)
     assert caught.value.exit_code == EXIT_WRONG_INPUT
     told = str(caught.value)
     assert "\n" not in told
@@ -60,7 +60,7 @@ def refused(folder: Path, *parts: str) -> None:
 
 @pytest.mark.parametrize("layout", ["single", "sharded"])
 def test_reads_tensors_one_by_one(layout: str, request: pytest.FixtureRequest) -> None:
-    opened = open_checkpoint(request.getfixturevalue(layout))
+    opened = open_files(request.getfixturevalue(layout))
     assert opened.config == {"model_type": "smolvlm"}
     assert opened.tensors.keys() == TENSORS.keys()
     for name, wanted in TENSORS.items():
@@ -71,19 +71,19 @@ def test_reads_tensors_one_by_one(layout: str, request: pytest.FixtureRequest) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_reads_every_float_dtype_as_float32(single: Path, dtype: torch.dtype) -> None:
     save_file({k: v.to(dtype) for k, v in TENSORS.items()}, single / "model.safetensors")
-    got = open_checkpoint(single).read("third")
+    got = open_files(single).read("third")
     assert got.dtype == torch.float32
     assert torch.equal(got, TENSORS["third"].to(dtype).float())
 
 
 def test_a_tensor_read_is_its_own_copy(single: Path) -> None:
-    opened = open_checkpoint(single)
+    opened = open_files(single)
     opened.read("first").zero_()
     assert torch.equal(opened.read("first"), TENSORS["first"])
 
 
 def test_other_files(single: Path) -> None:
-    opened = open_checkpoint(single)
+    opened = open_files(single)
     (single / "chat_template.jinja").write_text("é", encoding="utf-8")
     assert opened.text("chat_template.jinja") == "é"
     assert opened.text("nothing.txt") is None
@@ -166,7 +166,7 @@ def test_any_damage_is_told(tmp_path_factory: pytest.TempPathFactory, data: st.D
         content[at] = data.draw(st.integers(0, 255))
     file.write_bytes(content)
     with contextlib.suppress(CheckpointError):
-        opened = open_checkpoint(folder)
+        opened = open_files(folder)
         for name in opened.tensors:
             opened.read(name)
 
@@ -217,15 +217,62 @@ def test_tensor_in_two_shards(sharded: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn])
-def test_tensor_that_is_not_float(single: Path, dtype: torch.dtype) -> None:
+def test_only_reading_a_tensor_that_is_not_float_is_refused(
+    single: Path, dtype: torch.dtype
+) -> None:
     changed = TENSORS | {"second": torch.zeros(2, dtype=dtype)}
     save_file(changed, single / "model.safetensors")
-    refused(single, "'second'", "not a float tensor", "model.safetensors")
+    opened = open_files(single)
+    assert opened.tensors["second"].shape == (2,)
+    assert torch.equal(opened.read("first"), TENSORS["first"])
+    with pytest.raises(CheckpointError, match="'second' is not a float tensor") as caught:
+        opened.read("second")
+    assert "model.safetensors" in str(caught.value)
+    assert opened.tensors["second"].dtype in str(caught.value)
 
 
 def test_empty_tensor(single: Path) -> None:
     save_file(TENSORS | {"second": torch.zeros(0, 3)}, single / "model.safetensors")
     refused(single, "'second' is empty")
+
+
+def test_a_virtual_file_is_found_before_one_of_the_directory(single: Path) -> None:
+    (single / "a.json").write_text('{"from": "disk"}')
+    plain = open_files(single)
+    opened = combine(plain, {}, files={"a.json": b'{"from": "memory"}', "b.txt": b"\xff"})
+    assert plain.json("a.json") == {"from": "disk"}
+    assert opened.json("a.json") == {"from": "memory"}
+    assert opened.data("b.txt") == b"\xff"
+    assert combine(opened, {}, files={"b.txt": b"b"}).text("b.txt") == "b"
+    assert combine(opened, {}).text("a.json") == '{"from": "memory"}'
+    with pytest.raises(CheckpointError, match=r"not UTF-8 in .*b\.txt"):
+        opened.text("b.txt")
+
+
+def test_combine_gives_tensors_of_two_checkpoints_new_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"model_type": "smolvlm"}')
+        write_weights(tmp_path / name, {name: torch.full((2,), float(len(name)))})
+    write_weights(tmp_path / "two", {"two": torch.full((2,), 7.0)})
+    monkeypatch.chdir(tmp_path)
+    one, two = open_files("one"), open_files("two")
+    both = combine(one, {"a.x": (one, "one"), "b.y": (two, "two")}, config={"model_type": "new"})
+    assert both.config == {"model_type": "new"}
+    assert one.config == {"model_type": "smolvlm"}
+    assert both.tensors.keys() == {"a.x", "b.y"}
+    assert torch.equal(both.read("a.x"), torch.full((2,), 3.0))
+    assert torch.equal(both.read("b.y"), torch.full((2,), 7.0))
+    for name, folder in (("a.x", "one"), ("b.y", "two")):
+        info = both.tensors[name]
+        assert (both.path / info.shard).samefile(tmp_path / folder / "model.safetensors")
+    again = combine(both, {"c": (both, "b.y")})
+    assert again.config == both.config
+    assert torch.equal(again.read("c"), torch.full((2,), 7.0))
+    with pytest.raises(CheckpointError, match="tensor 'three' is missing in two"):
+        combine(one, {"b.y": (two, "three")})
 
 
 def test_read_json_outside_a_checkpoint(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_a_changed_byte_in_a_bundle(tmp_path: Path) -> None:
     ("change", "word"),
     [
         (lambda m: m["files"][0].update(path="../../etc/passwd"), "path leaves the bundle"),
-        (lambda m: m["format"].update(major=2), "update lorgnette"),
+        (lambda m: m["format"].update(major=3), "update lorgnette"),
         (lambda m: m["requires"].append("telepathy"), "telepathy"),
         (lambda m: m.update(engine="nonesuch"), "unknown engine"),
         (lambda m: m.pop("prompt"), "manifest is not valid"),

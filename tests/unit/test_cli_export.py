@@ -63,18 +63,27 @@ def test_as_a_process_it_is_silent_on_stderr_and_names_the_bundle_itself(
 def test_every_option_reaches_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[object, ...]] = []
 
-    def record(path: Path, out: Path, recipe: Recipe, *, replace: bool, progress: object) -> None:
-        asked.append((path, out, recipe, replace))
+    def record(
+        path: Path,
+        out: Path,
+        recipe: Recipe,
+        *,
+        vision: Path | None,
+        replace: bool,
+        progress: object,
+    ) -> None:
+        asked.append((path, out, recipe, vision, replace))
         raise ConfigError("far enough")
 
     monkeypatch.setattr("lorgnette.export.pipeline.export", record)
     options = ("--target", "x", "--quant", "y", "--context", 9, "--max-tiles", 5, "--split")
     assert call("export", ZOO, *options, "--force").exit_code == 2
-    assert call("export", ZOO, "--longest-edge", 64, "--out", "b.lorg").exit_code == 2
+    apart = ("--vision", "mmproj.gguf")
+    assert call("export", "m.gguf", "--longest-edge", 64, *apart).exit_code == 2
     recipe = Recipe(target="x", quant="y", context_length=9, max_tiles=5, split=True)
     assert asked == [
-        (ZOO, Path("smolvlm-tiny-y.lorg"), recipe, True),
-        (ZOO, Path("b.lorg"), Recipe(longest_edge=64), False),
+        (ZOO, Path("smolvlm-tiny-y.lorg"), recipe, None, True),
+        (Path("m.gguf"), Path("m-fp32.lorg"), Recipe(longest_edge=64), Path("mmproj.gguf"), False),
     ]
 
 

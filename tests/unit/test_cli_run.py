@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 import lorgnette
 from lorgnette.cli.main import cli
+from lorgnette.runtime.generation import Request
 from tests.unit.cli_helpers import bundle, call, changed_bundle, document, picture, process, start
 
 QUESTION = "What do you see?"
@@ -264,3 +265,50 @@ def test_what_steers_a_terminal_never_reaches_one(endless: Path) -> None:
     assert len(shown) > 100
     control = {byte for byte in shown if byte < 32 or byte == 127} - set(b"\t\r\n")
     assert not control
+
+
+@pytest.fixture(scope="module")
+def with_task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with a fixed request and pictures of one tile."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["preprocess"]["split"] = False
+        manifest["prompt"]["tasks"] = {"ocr": "Read {image} aloud."}
+
+    return changed_bundle(tmp_path_factory.mktemp("tasks"), change)
+
+
+def test_a_task_needs_no_prompt(with_task: Path, image: Path) -> None:
+    told = document("run", with_task, "--image", image, "--task", "ocr", "--max-new-tokens", 3)
+    options = {"task": "ocr", "max_new_tokens": 3}
+    answer = lorgnette.open(with_task).generate(image, **options).result()  # type: ignore[arg-type]
+    assert (told["text"], tuple(told["token_ids"])) == (answer.text, answer.token_ids)
+    assert (told["tiles"], told["prompt_tokens"]) == (1, answer.prompt_tokens)
+
+
+def test_a_task_may_begin_a_chat(with_task: Path, image: Path) -> None:
+    options = ["run", str(with_task), "--image", str(image), "--task", "ocr", "--chat", "--json"]
+    told = CliRunner().invoke(cli, [*options, "--max-new-tokens", "2"], input="And where?\n")
+    answers = json.loads(told.stdout)["answers"]
+    chat = lorgnette.open(with_task).chat()
+    request = Request(max_new_tokens=2)
+    first = chat.send(images=(image,), request=request, task="ocr").result()
+    second = chat.send("And where?", (), request).result()
+    assert [answer["token_ids"] for answer in answers] == [
+        list(first.token_ids),
+        list(second.token_ids),
+    ]
+
+
+def test_a_task_that_cannot_be_is_wrong_input(with_task: Path, image: Path) -> None:
+    for options, message in (
+        (("--task", "ocr", "--prompt", QUESTION, "--image", image), "give one of them"),
+        (("--task", "ocr"), "a task is about one picture"),
+        (("--task", "find", "--image", image), "got 'find', wanted ocr"),
+    ):
+        result = call("run", with_task, *options)
+        assert result.exit_code == 2
+        assert message in result.stderr
+    result = call("run", bundle(), "--task", "ocr", "--image", image)
+    assert result.exit_code == 2
+    assert "the model has no tasks" in result.stderr

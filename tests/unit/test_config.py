@@ -17,7 +17,7 @@ from lorgnette.errors import EXIT_WRONG_INPUT, ConfigError
 from lorgnette.export.checkpoint import Checkpoint
 from lorgnette.export.config import ConfigReader
 from lorgnette.export.families import family_names, find_family, smolvlm
-from lorgnette.spec import ModelSpec, TextSpec, VisionSpec
+from lorgnette.spec import ModelSpec, ProjectorSpec, TextSpec, VisionSpec
 from tests.helpers import CONFIGS, Config, published_shapes, tiny_config
 
 PUBLISHED = {path.stem: json.loads(path.read_text()) for path in sorted(CONFIGS.glob("*.json"))}
@@ -25,7 +25,7 @@ TENSORS = {"256M": (471, 256_484_928), "500M": (489, 507_482_304)}
 
 
 def parse(config: Config) -> ModelSpec:
-    return smolvlm.parse(Checkpoint(Path("folder"), config, {}, {}))
+    return smolvlm.parse(Checkpoint(Path("folder"), config, {}))
 
 
 def by_transformers(config: Config) -> ModelSpec:
@@ -36,6 +36,9 @@ def by_transformers(config: Config) -> ModelSpec:
     return ModelSpec(
         family="smolvlm",
         model_type=read.model_type,
+        variant={(576, 30): "256M", (960, 32): "500M", (2048, 24): "2.2B"}.get(
+            (text.hidden_size, text.num_hidden_layers), "custom"
+        ),
         vision=VisionSpec(
             hidden_size=vision.hidden_size,
             intermediate_size=vision.intermediate_size,
@@ -57,8 +60,9 @@ def by_transformers(config: Config) -> ModelSpec:
             rope_theta=float(text.rope_parameters["rope_theta"]),
             norm_eps=text.rms_norm_eps,
             tied_embeddings=read.tie_word_embeddings,
+            qkv_bias=False,
         ),
-        projector_scale=read.scale_factor,
+        projector=ProjectorSpec(kind="pixel_shuffle", patches_per_token=read.scale_factor**2),
         image_token_id=read.image_token_id,
     )
 
@@ -97,7 +101,9 @@ def without(config: Config, section: str, key: str) -> Config:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published(name: str) -> None:
-    assert parse(PUBLISHED[name]) == by_transformers(PUBLISHED[name])
+    got = parse(PUBLISHED[name])
+    assert got == by_transformers(PUBLISHED[name])
+    assert got.variant == next(v for v in ("256M", "500M", "2.2B") if v in f"{name} 2.2B")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

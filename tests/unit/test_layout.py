@@ -32,7 +32,7 @@ CODE_FOLDERS = ("lorgnette", "export", "quantize", "targets", "runtime", "tests"
 MAX_LINES = 500
 
 # What only an export needs: an app that runs a bundle has none of them.
-EXPORT_ONLY = {"torch", "onnx", "onnx_ir", "jinja2", "transformers"}
+EXPORT_ONLY = {"torch", "onnx", "onnx_ir", "jinja2", "gguf", "transformers"}
 # What makes starting slow.
 HEAVY = EXPORT_ONLY | {"numpy", "onnxruntime", "PIL", "safetensors", "tokenizers"}
 

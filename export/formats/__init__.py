@@ -1,0 +1,1 @@
+"""The file formats that weights are published in, one module each."""
