@@ -64,19 +64,13 @@ def table(tally: Tally) -> str:
 def transformers_answer(path: Path, max_new_tokens: int = 12) -> Answer:
     """Greedy answers of a checkpoint directory through transformers, in fp32."""
     family, config, weights, tokens = checkpoint.read(path)
-    logits = oracle(config, weights)
-    end = family.end_id(tokens)
+    model, end = oracle(config, weights), family.end_id(tokens)
 
     def answer(picture: Image.Image, question: str) -> str:
         pixels = family.pixels(picture)
         ids = family.prefix(tokens, config, pixels.grid) + family.asked(tokens, question)
-        written: list[int] = []
-        for _ in range(max_new_tokens):
-            token = int(logits(ids + written, pixels)[-1].argmax())
-            if token == end:
-                break
-            written.append(token)
-        return family.answer_text(tokens, written)
+        written = [*model.greedy(ids, pixels, max_new_tokens), end]
+        return family.answer_text(tokens, written[: written.index(end)])
 
     return answer
 

@@ -33,7 +33,7 @@ def test_packed_forward_equals_transformers_question_by_question(family: Family)
     generator = torch.Generator().manual_seed(4)
     for value in params.values():
         value += 0.1 * torch.randn(value.shape, generator=generator)
-    logits = oracle(config, params)
+    reference = oracle(config, params)
     batch = next(batches(family, config, tokens, [HELD_OUT, 5], images=1, questions=3))
     marks = batch.ids == family.image_id(config)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_packed_forward_equals_transformers_question_by_question(family: Family)
     ends = [t for t in range(length) if t == length - 1 or not seen[t + 1, t]]
     for end in ends:
         rows = seen[end].nonzero()[:, 0]
-        wanted = logits(batch.ids[0, rows].tolist(), Pixels(batch.pixels.numpy()))
+        wanted = reference.logits(batch.ids[0, rows].tolist(), Pixels(batch.pixels.numpy()))
         torch.testing.assert_close(got[rows], wanted, atol=1e-3, rtol=1e-4)
     assert len(ends) >= 2
 
