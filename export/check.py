@@ -20,7 +20,7 @@ from lorgnette.runtime.preprocess import grid_for, prepare
 from lorgnette.runtime.prompt import ImagePart, Message, encode_prompt, image_slots
 from lorgnette.runtime.tokenizer import Tokenizer
 from lorgnette.runtime.verify import relative_error
-from lorgnette.spec import ModelSpec, Preprocess, PromptSpec
+from lorgnette.spec import ModelSpec, Preprocess, PromptSpec, TilePreprocess
 
 QUESTION = "What do you see?"
 GREEDY_TOKENS = 12
@@ -76,7 +76,10 @@ def golden_prompt(parts: Parts, picture: NDArray[np.uint8], question: str = QUES
             "context length is too small for a picture and a short question",
             got=context_length,
             wanted=f"{needed} or more",
-            hint="give a larger --context, or a smaller --max-tiles",
+            hint="give a larger --context"
+            + (
+                ", or a smaller --max-tiles" if isinstance(parts.preprocess, TilePreprocess) else ""
+            ),
         )
     return ids
 
@@ -127,7 +130,10 @@ def make_golden(
     components = {component.name: component for component in parts.components}
     progress("reference, original weights")
     original = Reference(components, parts.sources)
-    image_tokens, logits, greedy = _run(original, parts, tiles.pixels, ids)
+    image_tokens = original.encode(tiles.pixels)
+    logits, greedy = original.generate(
+        _splice(original, parts, ids, image_tokens), GREEDY_TOKENS, parts.prompt.stop_token_ids
+    )
     logits = logits[:LOGIT_STEPS]
     del original
     rounded_tokens, rounded_logits, lost = image_tokens, logits, 0.0
@@ -135,11 +141,12 @@ def make_golden(
         progress("reference, rounded weights")
         rounded = Reference(components, parts.sources, plan)
         forced = greedy[:LOGIT_STEPS]
-        rounded_tokens, rounded_logits, _ = _run(rounded, parts, tiles.pixels, ids, forced)
+        rounded_tokens = rounded.encode(tiles.pixels)
+        embeddings = _splice(rounded, parts, ids, rounded_tokens)
+        rounded_logits = rounded.follow(embeddings, forced)
         if rounded.round_activations():
             progress("reference, rounded activations")
-            embeddings = _splice(rounded, parts, ids, rounded_tokens)
-            emulated, _ = rounded.generate(embeddings, len(forced), (), forced)
+            emulated = rounded.follow(embeddings, forced)
             lost = max(map(relative_error, emulated, rounded_logits))
     text = GoldenText(
         question=question,
@@ -153,21 +160,6 @@ def make_golden(
         rounding_activations=lost,
     )
     return Golden(text, picture, rounded_tokens, rounded_logits)
-
-
-def _run(
-    reference: Reference,
-    parts: Parts,
-    tiles: NDArray[np.uint8],
-    ids: Sequence[int],
-    forced: Sequence[int] = (),
-) -> tuple[NDArray[np.float32], NDArray[np.float32], list[int]]:
-    """Image tokens, logits behind the prompt and the answer's first tokens, and the answer."""
-    image_tokens = reference.encode(tiles)
-    embeddings = _splice(reference, parts, ids, image_tokens)
-    count = len(forced) or GREEDY_TOKENS
-    logits, answer = reference.generate(embeddings, count, parts.prompt.stop_token_ids, forced)
-    return image_tokens, logits, answer
 
 
 def _splice(
