@@ -127,7 +127,10 @@ def make_golden(
     components = {component.name: component for component in parts.components}
     progress("reference, original weights")
     original = Reference(components, parts.sources)
-    image_tokens, logits, greedy = _run(original, parts, tiles.pixels, ids)
+    image_tokens = original.encode(tiles.pixels)
+    logits, greedy = original.generate(
+        _splice(original, parts, ids, image_tokens), GREEDY_TOKENS, parts.prompt.stop_token_ids
+    )
     logits = logits[:LOGIT_STEPS]
     del original
     rounded_tokens, rounded_logits, lost = image_tokens, logits, 0.0
@@ -135,11 +138,12 @@ def make_golden(
         progress("reference, rounded weights")
         rounded = Reference(components, parts.sources, plan)
         forced = greedy[:LOGIT_STEPS]
-        rounded_tokens, rounded_logits, _ = _run(rounded, parts, tiles.pixels, ids, forced)
+        rounded_tokens = rounded.encode(tiles.pixels)
+        embeddings = _splice(rounded, parts, ids, rounded_tokens)
+        rounded_logits = rounded.follow(embeddings, forced)
         if rounded.round_activations():
             progress("reference, rounded activations")
-            embeddings = _splice(rounded, parts, ids, rounded_tokens)
-            emulated, _ = rounded.generate(embeddings, len(forced), (), forced)
+            emulated = rounded.follow(embeddings, forced)
             lost = max(map(relative_error, emulated, rounded_logits))
     text = GoldenText(
         question=question,
@@ -153,21 +157,6 @@ def make_golden(
         rounding_activations=lost,
     )
     return Golden(text, picture, rounded_tokens, rounded_logits)
-
-
-def _run(
-    reference: Reference,
-    parts: Parts,
-    tiles: NDArray[np.uint8],
-    ids: Sequence[int],
-    forced: Sequence[int] = (),
-) -> tuple[NDArray[np.float32], NDArray[np.float32], list[int]]:
-    """Image tokens, logits behind the prompt and the answer's first tokens, and the answer."""
-    image_tokens = reference.encode(tiles)
-    embeddings = _splice(reference, parts, ids, image_tokens)
-    count = len(forced) or GREEDY_TOKENS
-    logits, answer = reference.generate(embeddings, count, parts.prompt.stop_token_ids, forced)
-    return image_tokens, logits, answer
 
 
 def _splice(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lorgnette.export.component import Component
+from lorgnette.export.layers.decoder import LlamaDecoder
 from lorgnette.export.trace import build_module
 from lorgnette.export.weights import WeightSource, load_module
 from lorgnette.quantize.plan import QuantPlan
@@ -91,11 +93,7 @@ class Reference:
 
     @torch.no_grad()
     def generate(
-        self,
-        embeddings: Float,
-        count: int,
-        stop_ids: Sequence[int],
-        forced: Sequence[int] = (),
+        self, embeddings: Float, count: int, stop_ids: Sequence[int]
     ) -> tuple[Float, list[int]]:
         """The greedy tokens that follow a prompt, and the logits that each was chosen from.
 
@@ -103,17 +101,11 @@ class Reference:
             embeddings: The prompt `[T, D]`, image tokens spliced in.
             count: How many tokens at most.
             stop_ids: Tokens that end the answer.
-            forced: Tokens that follow whatever the logits say, at least `count`; none for greedy.
 
         Returns:
             Logits `[K, V]` and the K token ids.
         """
-        component = self._components["decoder"]
-        capacity = len(embeddings) + count
-        caches = [
-            torch.zeros([capacity if axis == "S" else int(axis) for axis in spec.shape])
-            for spec in component.cache_inputs
-        ]
+        caches = self._empty_caches(len(embeddings) + count)
         decoder = self._module("decoder")
         fed, past = torch.from_numpy(embeddings[None]), 0
         rows: list[Float] = []
@@ -121,11 +113,45 @@ class Reference:
         while True:
             logits, caches = decoder(fed, torch.tensor([past], dtype=torch.int32), caches)
             past += fed.shape[1]
-            ids.append(forced[len(rows)] if forced else int(logits[0].argmax()))
+            ids.append(int(logits[0].argmax()))
             rows.append(logits[0].numpy())
-            if len(ids) == count or (not forced and ids[-1] in stop_ids):
+            if len(ids) == count or ids[-1] in stop_ids:
                 return np.stack(rows), ids
             fed = torch.from_numpy(self.embed(ids[-1:])[None])
+
+    @torch.no_grad()
+    def follow(self, embeddings: Float, token_ids: Sequence[int]) -> Float:
+        """The logits that each of some given tokens would have been chosen from.
+
+        One pass over all positions: where weights are read as they are needed, they are read once.
+
+        Args:
+            embeddings: The prompt `[T, D]`, image tokens spliced in.
+            token_ids: The K tokens behind it.
+
+        Returns:
+            Logits `[K, V]`.
+        """
+        if len(token_ids) > 1:
+            embeddings = np.concatenate([embeddings, self.embed(token_ids[:-1])])
+        decoder = cast("LlamaDecoder", self._module("decoder"))
+        hidden: list[Tensor] = []
+
+        def keep(_: nn.Module, __: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
+            hidden.append(output[0])
+
+        hook = decoder.layers[-1].register_forward_hook(keep)
+        fed = torch.from_numpy(embeddings[None])
+        decoder(fed, torch.zeros(1, dtype=torch.int32), self._empty_caches(len(embeddings)))
+        hook.remove()
+        last: Tensor = decoder.head(decoder.norm(hidden[0][0, -len(token_ids) :]))
+        return last.numpy()
+
+    def _empty_caches(self, capacity: int) -> list[Tensor]:
+        return [
+            torch.zeros([capacity if axis == "S" else int(axis) for axis in spec.shape])
+            for spec in self._components["decoder"].cache_inputs
+        ]
 
     def round_activations(self) -> bool:
         """Makes the decoder round the inputs of its matrices to 8 bits from now on.

@@ -310,12 +310,19 @@ def _add_vision_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None
     writer.add_bool("siglip.has_omni_vlm_projector", True)
 
 
+def published_config(config_file: Path) -> Config:
+    """A published config, but for the ids of the small tokenizer."""
+    config: Config = json.loads(config_file.read_text())
+    small = tiny_config()
+    config["image_token_id"] = small["image_token_id"]
+    for key in ("eos_token_id", "bos_token_id"):
+        config["text_config"][key] = small["text_config"][key]
+    return config
+
+
 def make_published_pair(folder: Path, config_file: Path, kind: Quantisation = "F16") -> None:
     """Writes a pair of a published shape, with the small tokenizer."""
-    config = json.loads(config_file.read_text())
-    small = tiny_config()["text_config"]
-    config["text_config"] |= {key: small[key] for key in ("eos_token_id", "bos_token_id")}
-    make_gguf_pair(folder, config, kind=kind)
+    make_gguf_pair(folder, published_config(config_file), kind=kind)
 
 
 def main() -> None:

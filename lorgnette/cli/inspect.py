@@ -210,10 +210,14 @@ def _common_rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
             f"{size(kv['at_full_context'])} at full context",
         ),
         *(
-            ("picture", f"{p['picture']}: {p['tiles']} tiles, {p['image_tokens']} image tokens")
+            ("picture", f"{p['picture']}: {_tiles(p['tiles'])}, {p['image_tokens']} image tokens")
             for p in document["pictures"]
         ),
     ]
+
+
+def _tiles(count: int) -> str:
+    return "1 tile" if count == 1 else f"{count} tiles"
 
 
 def _family(document: dict[str, Any]) -> str:

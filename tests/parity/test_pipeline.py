@@ -283,6 +283,7 @@ def test_reading_layer_by_layer_gives_the_same_numbers(
         reference = Reference(components, parts.sources, plan)
         embeddings = reference.embed(ids)
         logits, answer = reference.generate(embeddings, 3, ())
+        logits = np.concatenate([logits, reference.follow(embeddings, answer)])
         return reference.encode(tiles), embeddings, logits, answer
 
     resident = numbers()
@@ -324,23 +325,21 @@ def test_a_plan_changes_only_what_it_rounds() -> None:
         assert len(np.unique(row)) <= 16
 
 
-def test_forced_tokens_are_followed_and_greedy_ones_are_their_own_continuation() -> None:
+def test_followed_tokens_give_the_logits_that_greedy_ones_were_chosen_from() -> None:
     parts = read_parts(open_files(CHECKPOINT), Recipe())
     components = {component.name: component for component in parts.components}
     reference = Reference(components, parts.sources)
     embeddings = reference.embed([1, 40, 80, 120])
     logits, greedy = reference.generate(embeddings, 5, ())
     assert greedy == [int(row.argmax()) for row in logits]
-    again, followed = reference.generate(embeddings, 5, (), forced=greedy)
-    np.testing.assert_array_equal(logits, again)
-    assert followed == greedy
-    other, followed = reference.generate(embeddings, 3, (greedy[0],), forced=[9, greedy[0], 9])
-    assert followed == [9, greedy[0], 9]
+    np.testing.assert_allclose(reference.follow(embeddings, greedy), logits, atol=1e-4)
+    other = reference.follow(embeddings, [9, greedy[0], 9])
+    assert other.shape == (3, logits.shape[1])
     np.testing.assert_allclose(other[0], logits[0], atol=1e-4)
     assert np.abs(other[1] - logits[1]).max() > 1e-3
-    # Every step is what the whole context gives at once.
     whole = np.concatenate([embeddings, reference.embed([9, greedy[0]])])
     np.testing.assert_allclose(reference.generate(whole, 1, ())[0][0], other[2], atol=1e-4)
+    np.testing.assert_allclose(reference.follow(embeddings, [9])[0], logits[0], atol=1e-4)
     # A stop token ends a greedy answer and is part of it.
     stopped, short = reference.generate(embeddings, 5, (greedy[1],))
     assert short == greedy[: greedy.index(greedy[1]) + 1]
