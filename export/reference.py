@@ -153,21 +153,24 @@ class Reference:
             for spec in self._components["decoder"].cache_inputs
         ]
 
-    def round_activations(self) -> bool:
-        """Makes the decoder round the inputs of its matrices to 8 bits from now on.
+    def round_activations(self) -> set[str]:
+        """Makes every component round the inputs of its matrices from now on as the plan says.
 
-        As onnxruntime's MatMulNBits does at accuracy level 4: per position, in the groups of the
-        weight. Returns whether the plan has any such matrix.
+        To 8 bits, symmetric: for each position, or as onnxruntime's MatMulNBits does at accuracy
+        level 4 for each position and group of the weight.
+
+        Returns:
+            The components that have any such matrix.
         """
-        if self._plan is None:
-            return False
-        rounded = False
-        for name, layer in self._module("decoder").named_modules():
-            if isinstance(layer, nn.Linear):
-                scheme = self._plan.scheme_for("decoder", f"{name}.weight")
-                if scheme.activations == "int8_group":
-                    layer.register_forward_pre_hook(_rounding(scheme.group_size))
-                    rounded = True
+        rounded: set[str] = set()
+        for component in self._components if self._plan is not None else ():
+            for name, layer in self._module(component).named_modules():
+                scheme = self._plan.scheme_for(component, f"{name}.weight")
+                if isinstance(layer, nn.Linear) and scheme.activations != "float":
+                    grouped = scheme.activations == "int8_group"
+                    group_size = scheme.group_size if grouped else layer.in_features
+                    layer.register_forward_pre_hook(_rounding(group_size))
+                    rounded.add(component)
         return rounded
 
     def _module(self, name: str) -> nn.Module:

@@ -25,6 +25,15 @@ def _grouped(bits: int, activations: Activations) -> QuantScheme:
     return QuantScheme(bits=bits, group_size=GROUP, activations=activations)
 
 
+VISION_INT8: tuple[tuple[str, QuantScheme], ...] = (
+    # Patches of pixels and the one row of a squeeze-excite gate: no time to win.
+    ("vision_encoder/tower.embed.*", _grouped(8, "float")),
+    ("vision_encoder/*.gate.*", _grouped(8, "float")),
+    ("vision_encoder/*", QuantScheme(bits=8, activations="int8_token")),
+)
+"""Vision towers and projectors on integer kernels."""
+
+
 @dataclass(frozen=True)
 class QuantPlan:
     """Ordered rules: the first whose pattern fits `component/parameter` decides.
@@ -58,7 +67,7 @@ PLANS: dict[str, QuantPlan] = {
             "int8",
             "matrices 8-bit in groups of 32, round to nearest",
             (
-                ("vision_encoder/*", _grouped(8, "float")),
+                *VISION_INT8,
                 ("*", _grouped(8, "int8_group")),
             ),
         ),
@@ -67,7 +76,7 @@ PLANS: dict[str, QuantPlan] = {
             "decoder, head and embedding 4-bit, vision encoder 8-bit, groups of 32, "
             "round to nearest",
             (
-                ("vision_encoder/*", _grouped(8, "float")),
+                *VISION_INT8,
                 ("*", _grouped(4, "int8_group")),
             ),
         ),

@@ -160,6 +160,28 @@ class GraphBuilder:
         )
         return codes, scales
 
+    def channel_weight(self, parameter: str, scheme: QuantScheme) -> tuple[ir.Value, ir.Value]:
+        """A matrix by output channel, stored column by column as integer kernels read it.
+
+        Returns:
+            Codes (uint8 `[columns, rows]`) and scales (float32 `[rows]`).
+        """
+        rows, columns = self._source.shapes[parameter]
+        made: list[QuantTensor] = []
+
+        def quantized() -> QuantTensor:
+            if not made:
+                made.append(self._plan.quantize(self._source.array(parameter), scheme))
+            return made[0]
+
+        codes = self._stored(
+            parameter, f"{scheme.form}.columns", (columns, rows), lambda: quantized().codes.T
+        )
+        scales = self._stored(
+            parameter, f"{scheme.form}.scales", (rows,), lambda: quantized().scales
+        )
+        return codes, scales
+
     def finish(self, outputs: Sequence[ir.Value]) -> ir.Model:
         """Names the outputs and closes the graph."""
         specs = (*self.component.outputs, *self.component.cache_outputs)
