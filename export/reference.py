@@ -163,7 +163,9 @@ class Reference:
             The components that have any such matrix.
         """
         rounded: set[str] = set()
-        for component in self._components if self._plan is not None else ():
+        if self._plan is None:
+            return rounded
+        for component in self._components:
             for name, layer in self._module(component).named_modules():
                 scheme = self._plan.scheme_for(component, f"{name}.weight")
                 if isinstance(layer, nn.Linear) and scheme.activations != "float":

@@ -22,9 +22,7 @@ LEAST_SCALE = 1e-30
 """Scale of positions that are zero, or so near that they are for all purposes."""
 
 
-def token_matmul(
-    builder: GraphBuilder, weight: str, node: torch.fx.Node, known: Known
-) -> ir.Value:
+def token_matmul(builder: GraphBuilder, weight: str, node: torch.fx.Node, known: Known) -> ir.Value:
     """`x @ weight.T` on integer kernels: a scale for each position of x and each row of `weight`.
 
     `scale = max|x| / 127` over the channels of a position, `codes = round(x / scale) + 128`, and
@@ -80,9 +78,7 @@ def _scale(builder: GraphBuilder, x: ir.Value) -> ir.Value:
     return builder.node("Max", [scale, builder.constant(np.array(LEAST_SCALE, np.float32))])[0]
 
 
-def _codes(
-    builder: GraphBuilder, x: ir.Value, scale: ir.Value, shape: Sequence[int]
-) -> ir.Value:
+def _codes(builder: GraphBuilder, x: ir.Value, scale: ir.Value, shape: Sequence[int]) -> ir.Value:
     """`round(x / scale) + 128`, as one operator over rows, which reads and writes just once."""
     (rows,) = builder.node("Reshape", [x, _shape(builder, -1, shape[-1])])
     (row_scales,) = builder.node("Reshape", [scale, _shape(builder, -1)])
@@ -138,9 +134,12 @@ def without_rounding(model: ir.Model) -> None:
 
 def _source_of(codes: ir.Value | None) -> ir.Value:
     """What was rounded to `codes`, in the shape of those."""
-    reshape = codes.producer() if codes is not None else None
-    quantize = reshape.inputs[0].producer() if reshape is not None else None
-    rows = quantize.inputs[0].producer() if quantize is not None else None
-    if rows is None or rows.inputs[0] is None:
+    found = codes
+    for operator in ("Reshape", "QuantizeLinear", "Reshape"):
+        made = found.producer() if found is not None else None
+        if made is None or made.op_type != operator:
+            raise ConfigError("codes are not of rounded activations", got=codes)
+        found = made.inputs[0]
+    if found is None:
         raise ConfigError("codes are not of rounded activations", got=codes)
-    return rows.inputs[0]
+    return found
