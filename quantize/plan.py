@@ -65,7 +65,8 @@ PLANS: dict[str, QuantPlan] = {
         QuantPlan("fp16", "every weight float16 on disk, computed in float32", (("*", FLOAT16),)),
         QuantPlan(
             "int8",
-            "matrices 8-bit in groups of 32, round to nearest",
+            "matrices 8-bit in groups of 32, vision encoder by channel on integer kernels, "
+            "round to nearest",
             (
                 *VISION_INT8,
                 ("*", _grouped(8, "int8_group")),
@@ -73,8 +74,8 @@ PLANS: dict[str, QuantPlan] = {
         ),
         QuantPlan(
             "int4",
-            "decoder, head and embedding 4-bit, vision encoder 8-bit, groups of 32, "
-            "round to nearest",
+            "decoder, head and embedding 4-bit in groups of 32, vision encoder 8-bit by channel on "
+            "integer kernels, round to nearest",
             (
                 *VISION_INT8,
                 ("*", _grouped(4, "int8_group")),

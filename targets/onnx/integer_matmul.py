@@ -100,7 +100,8 @@ def without_rounding(model: ir.Model) -> None:
     `y = Mul(p, scale)`.
     After: `matrix = DequantizeLinear(w, s, z)`, `y = FusedMatMul(x, matrix)`.
 
-    The matrix is made anew at each run, so that no more than one is in memory.
+    The graph stores no matrix twice: each is made from the same codes when it runs, at most all of
+    them in float32 at once.
     """
     graph = model.graph
     for node in list(graph):
