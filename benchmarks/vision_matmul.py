@@ -30,7 +30,7 @@ from lorgnette.export.layers.vision import SiglipTower
 from lorgnette.export.trace import build_module
 from lorgnette.export.weights import module_shapes
 from lorgnette.quantize.methods import rtn
-from lorgnette.quantize.plan import PLANS, QuantPlan
+from lorgnette.quantize.plan import PLANS, QuantPlan, Rule
 from lorgnette.quantize.scheme import FLOAT32, QuantScheme
 from lorgnette.spec import VisionSpec
 from tests.projector_weights import random_tensors
@@ -66,7 +66,7 @@ Feeds = Mapping[str, NDArray[np.generic]]
 
 def plan_of(scheme: QuantScheme) -> QuantPlan:
     """One scheme for every matrix."""
-    return QuantPlan("one", "one scheme for all", (("*", scheme),))
+    return QuantPlan("one", "one scheme for all", (Rule("*", scheme),))
 
 
 def start(graph: Path | bytes, threads: int) -> onnxruntime.InferenceSession:

@@ -24,6 +24,7 @@ from lorgnette.export.check import (
 from lorgnette.export.checkpoint import Checkpoint
 from lorgnette.export.component import Component, TensorSpec
 from lorgnette.export.families import find_family, open_checkpoint
+from lorgnette.export.matrices import matrices_of
 from lorgnette.export.tokenizer_files import read_tokenizer_json
 from lorgnette.export.trace import build_module, trace
 from lorgnette.export.weights import WeightSource, check_all_used, module_shapes
@@ -38,7 +39,8 @@ from lorgnette.manifest import (
     TensorEntry,
     requirements,
 )
-from lorgnette.quantize.plan import QuantPlan, find_plan
+from lorgnette.quantize.plan import QuantPlan
+from lorgnette.quantize.plan_file import check_rules, plan_for
 from lorgnette.recipe import Recipe
 from lorgnette.runtime.golden import write_golden
 from lorgnette.runtime.model import TOKENIZER, Model
@@ -82,10 +84,12 @@ def export(
         VerifyError: The bundle was made and does not agree; nothing is left behind.
     """
     progress("read checkpoint")
-    plan, target = find_plan(recipe.quant), find_target(recipe.target)
+    plan, target = plan_for(recipe), find_target(recipe.target)
     parts = read_parts(open_checkpoint(checkpoint_path, vision), recipe)
     golden_prompt(parts, golden_picture())  # refuses a context that is too small
-    problems = target.check(parts.spec, plan)
+    matrices = matrices_of(parts.components)
+    check_rules(plan, matrices)
+    problems = target.check(matrices, plan)
     if problems:
         raise ConfigError(f"cannot lower to {target.name}", got="; ".join(problems))
     with writing(out, replace=replace) as folder:

@@ -45,7 +45,8 @@ class QuantizedSource(WeightSource):
         if scheme.bits == 16:
             return value.to(torch.float16).to(torch.float32)
         if scheme.is_integer:
-            return torch.from_numpy(self._plan.quantize(value.numpy(), scheme).dequantize())
+            made = self._plan.quantize(self._component, name, value.numpy())
+            return torch.from_numpy(made.dequantize())
         return value
 
 
@@ -167,11 +168,13 @@ class Reference:
             return rounded
         for component in self._components:
             for name, layer in self._module(component).named_modules():
+                if not isinstance(layer, nn.Linear):
+                    continue
                 scheme = self._plan.scheme_for(component, f"{name}.weight")
-                if isinstance(layer, nn.Linear) and scheme.activations != "float":
-                    grouped = scheme.activations == "int8_group"
-                    group_size = scheme.group_size if grouped else layer.in_features
-                    layer.register_forward_pre_hook(_rounding(group_size))
+                if scheme.activations != "float":
+                    by_group = scheme.activations == "int8_group"
+                    width = scheme.group_size if by_group else layer.in_features
+                    layer.register_forward_pre_hook(_rounding(width))
                     rounded.add(component)
         return rounded
 
@@ -190,16 +193,16 @@ class Reference:
         return self._modules[name]
 
 
-def _rounding(group_size: int) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
-    """A hook that rounds a layer's input to 8 bits, symmetric, in groups of its last axis."""
+def _rounding(width: int) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
+    """A hook that rounds a layer's input to 8 bits, a scale for each `width` of its last axis."""
 
     def hook(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        width = inputs[0].shape[-1]
-        padded = functional.pad(inputs[0], (0, -width % group_size))
-        grouped = padded.reshape(*padded.shape[:-1], -1, group_size)
+        columns = inputs[0].shape[-1]
+        padded = functional.pad(inputs[0], (0, -columns % width))
+        grouped = padded.reshape(*padded.shape[:-1], -1, width)
         scale = grouped.abs().amax(-1, keepdim=True) / 127
         rounded = torch.where(scale > 0, (grouped / scale).round() * scale, grouped)
-        return (rounded.flatten(-2)[..., :width],)
+        return (rounded.flatten(-2)[..., :columns],)
 
     return hook
 

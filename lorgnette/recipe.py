@@ -5,11 +5,31 @@ from __future__ import annotations
 from lorgnette.spec import Frozen
 
 
+class PlanRule(Frozen, frozen=True):
+    """A rule of a plan file, word for word; `quantize/plan_file.py` says what is allowed."""
+
+    select: str
+    bits: int
+    group: int | str | None = None
+    symmetric: bool | None = None
+    activations: str | None = None
+    method: str | None = None
+
+
+class PlanText(Frozen, frozen=True):
+    """A quantisation plan as plain data, as a plan file says it: no path, no machine in it."""
+
+    name: str
+    rule: tuple[PlanRule, ...]
+    summary: str = ""
+
+
 class Recipe(Frozen, frozen=True):
     """The choices of an export; written into the manifest as they were made."""
 
     target: str = "onnx-cpu"
     quant: str = "fp32"
+    """A named plan, or the name of `plan`."""
     context_length: int | None = None
     """KV cache capacity in tokens; None takes what the model was trained for, up to 8192."""
     longest_edge: int | None = None
@@ -18,3 +38,5 @@ class Recipe(Frozen, frozen=True):
     """The most tiles that one picture may become; another way to say `longest_edge`."""
     split: bool | None = None
     """Whether pictures are cut into tiles; None takes what the checkpoint says."""
+    plan: PlanText | None = None
+    """The rules of a plan file; None takes the plan that `quant` names."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,17 +22,19 @@ from lorgnette.quantize.scheme import (
 GROUP = 32
 
 
-def _grouped(bits: int, activations: Activations) -> QuantScheme:
-    return QuantScheme(bits=bits, group_size=GROUP, activations=activations)
+class Rule(NamedTuple):
+    """How the matrices that a pattern selects are stored, and how their codes are chosen."""
 
+    select: str
+    """fnmatch over `component/parameter`: `*` stands for any text, `?` for one character."""
+    scheme: QuantScheme
+    method: str = "rtn"
+    """The file in `methods/` that computes integer codes."""
 
-VISION_INT8: tuple[tuple[str, QuantScheme], ...] = (
-    # Patches of pixels and the one row of a squeeze-excite gate: no time to win.
-    ("vision_encoder/tower.embed.*", _grouped(8, "float")),
-    ("vision_encoder/*.gate.*", _grouped(8, "float")),
-    ("vision_encoder/*", QuantScheme(bits=8, activations="int8_token")),
-)
-"""Vision towers and projectors on integer kernels."""
+    def __str__(self) -> str:
+        """The rule in a few words."""
+        how = f" by {self.method}" if self.scheme.is_integer else ""
+        return f"{self.select}: {self.scheme.full_name}{how}"
 
 
 @dataclass(frozen=True)
@@ -44,32 +47,64 @@ class QuantPlan:
 
     name: str
     summary: str
-    rules: tuple[tuple[str, QuantScheme], ...]
-    method: str = "rtn"
-    """The file in `methods/` that computes integer codes."""
+    rules: tuple[Rule, ...]
+
+    def find_rule(self, component: str, parameter: str) -> Rule | None:
+        """The rule that decides about a weight, None where no pattern fits it."""
+        key = f"{component}/{parameter}"
+        return next((rule for rule in self.rules if fnmatchcase(key, rule.select)), None)
+
+    def rule_for(self, component: str, parameter: str) -> Rule:
+        """The rule that decides about a matrix.
+
+        Raises:
+            ConfigError: No pattern fits it.
+        """
+        rule = self.find_rule(component, parameter)
+        if rule is None:
+            raise ConfigError(
+                f"no rule selects the matrix '{component}/{parameter}'",
+                where=f"plan '{self.name}'",
+                hint='end with a rule that selects "*"',
+            )
+        return rule
 
     def scheme_for(self, component: str, parameter: str) -> QuantScheme:
         """The scheme of a matrix."""
-        key = f"{component}/{parameter}"
-        return next(scheme for pattern, scheme in self.rules if fnmatchcase(key, pattern))
+        return self.rule_for(component, parameter).scheme
 
-    def quantize(self, weight: NDArray[np.float32], scheme: QuantScheme) -> QuantTensor:
-        """Codes and scales of a float32 matrix `[rows, columns]`."""
-        return load_method(self.method).quantize(weight, scheme)
+    def quantize(self, component: str, parameter: str, weight: NDArray[np.float32]) -> QuantTensor:
+        """Codes and scales of a float32 matrix `[rows, columns]` by the rule that selects it."""
+        rule = self.rule_for(component, parameter)
+        return load_method(rule.method).quantize(weight, rule.scheme)
 
+
+def _grouped(bits: int, activations: Activations) -> QuantScheme:
+    return QuantScheme(bits=bits, group_size=GROUP, activations=activations)
+
+
+VISION_INT8 = (
+    # Patches of pixels and the one row of a squeeze-excite gate: no time to win.
+    Rule("vision_encoder/tower.embed.*", _grouped(8, "float")),
+    Rule("vision_encoder/*.gate.*", _grouped(8, "float")),
+    Rule("vision_encoder/*", QuantScheme(bits=8, activations="int8_token")),
+)
+"""Vision towers and projectors on integer kernels."""
 
 PLANS: dict[str, QuantPlan] = {
     plan.name: plan
     for plan in (
-        QuantPlan("fp32", "every weight float32", (("*", FLOAT32),)),
-        QuantPlan("fp16", "every weight float16 on disk, computed in float32", (("*", FLOAT16),)),
+        QuantPlan("fp32", "every weight float32", (Rule("*", FLOAT32),)),
+        QuantPlan(
+            "fp16", "every weight float16 on disk, computed in float32", (Rule("*", FLOAT16),)
+        ),
         QuantPlan(
             "int8",
             "matrices 8-bit in groups of 32, vision encoder by channel on integer kernels, "
             "round to nearest",
             (
                 *VISION_INT8,
-                ("*", _grouped(8, "int8_group")),
+                Rule("*", _grouped(8, "int8_group")),
             ),
         ),
         QuantPlan(
@@ -78,7 +113,7 @@ PLANS: dict[str, QuantPlan] = {
             "integer kernels, round to nearest",
             (
                 *VISION_INT8,
-                ("*", _grouped(4, "int8_group")),
+                Rule("*", _grouped(4, "int8_group")),
             ),
         ),
     )

@@ -15,6 +15,12 @@ Activations = Literal["float", "int8_group", "int8_token"]
 for each position and each group of the weight's columns; or for each position."""
 
 
+INTEGER_BITS = (2, 3, 4, 8)
+FLOAT_BITS = (16, 32)
+GROUP_SIZES = (16, 32, 64, 128)
+"""Columns of a group; a `group_size` of 0 besides, for a whole row."""
+
+
 class QuantScheme(Frozen, frozen=True):
     """How one weight is stored and multiplied.
 
@@ -44,6 +50,11 @@ class QuantScheme(Frozen, frozen=True):
         groups = f"g{self.group_size}" if self.group_size else "c"
         return f"int{self.bits}{groups}{'' if self.symmetric else 'z'}"
 
+    @property
+    def full_name(self) -> str:
+        """The form, and how activations are rounded where they are: `int4g32/int8_group`."""
+        return self.form if self.activations == "float" else f"{self.form}/{self.activations}"
+
     def groups(self, columns: int) -> int:
         """Groups of a row of so many columns, the last one perhaps not full."""
         return -(-columns // self.group_size) if self.group_size else 1
@@ -52,13 +63,24 @@ class QuantScheme(Frozen, frozen=True):
         """Columns that are stored for a row: its groups filled up."""
         return self.groups(columns) * self.group_size if self.group_size else columns
 
+    def code_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of a matrix's packed codes, each row whole bytes."""
+        return rows * -(-self.padded(columns) * self.bits // 8)
+
+    def zero_point_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of its packed zero points, each row whole bytes; none of a symmetric scheme."""
+        return 0 if self.symmetric else rows * -(-self.groups(columns) * self.bits // 8)
+
+    def scale_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of its scales, float32."""
+        return 4 * rows * self.groups(columns)
+
     def stored_bytes(self, rows: int, columns: int) -> int:
         """Bytes of a matrix with its scales and zero points, unpadded but for whole groups."""
         if not self.is_integer:
             return rows * columns * self.bits // 8
-        codes = rows * self.padded(columns) * self.bits // 8
-        scales = 4 * rows * self.groups(columns)
-        return codes + scales + (0 if self.symmetric else rows * self.groups(columns))
+        codes, zeros = self.code_bytes(rows, columns), self.zero_point_bytes(rows, columns)
+        return codes + self.scale_bytes(rows, columns) + zeros
 
 
 FLOAT32 = QuantScheme(bits=32)

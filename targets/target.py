@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from lorgnette.spec import Frozen, ModelSpec
+from lorgnette.spec import Frozen
+from lorgnette.targets.capabilities import Capabilities, Matrix
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -15,18 +16,6 @@ if TYPE_CHECKING:
     from lorgnette.export.component import Component
     from lorgnette.export.weights import WeightSource
     from lorgnette.quantize.plan import QuantPlan
-
-
-class Capabilities(Frozen, frozen=True):
-    """What a target can carry and what runs it."""
-
-    plans: tuple[str, ...]
-    """Named quantisation plans that it takes."""
-    cache_style: Literal["functional", "state"]
-    engine: str
-    """The engine that executes its graphs."""
-    engine_min_version: str
-    summary: str
 
 
 class LoweredComponent(Frozen, frozen=True):
@@ -56,8 +45,8 @@ class Target(Protocol):
     name: str
     capabilities: Capabilities
 
-    def check(self, spec: ModelSpec, plan: QuantPlan) -> Sequence[str]:
-        """Every reason why this model cannot be lowered so; empty where it can."""
+    def check(self, matrices: Sequence[Matrix], plan: QuantPlan) -> Sequence[str]:
+        """Every reason why a model of these matrices cannot be lowered so; empty where it can."""
 
     def open(self, folder: Path, plan: QuantPlan) -> AbstractContextManager[Lowering]:
         """Starts an export into an empty folder."""

@@ -18,7 +18,7 @@ from lorgnette.export.component import Component, Family
 from lorgnette.export.families import find_family, open_checkpoint
 from lorgnette.export.trace import build_module, trace
 from lorgnette.export.weights import WeightSource, check_all_used, load_module, module_shapes
-from lorgnette.quantize.methods import rtn
+from lorgnette.quantize.methods import load_method
 from lorgnette.quantize.plan import PLANS, QuantPlan
 from lorgnette.recipe import Recipe
 from lorgnette.spec import ModelSpec
@@ -39,9 +39,10 @@ class StoredSource(WeightSource):
         # Matrices are what linear layers and embeddings call their weight.
         if value.dim() != 2 or not name.endswith(".weight"):
             return value
-        scheme = self.plan.scheme_for(self.component, name)
+        _, scheme, method = self.plan.rule_for(self.component, name)
         if scheme.is_integer:
-            return torch.from_numpy(rtn.quantize(value.numpy(), scheme).dequantize())
+            made = load_method(method).quantize(value.numpy(), scheme)
+            return torch.from_numpy(made.dequantize())
         return value.half().float() if scheme.bits == 16 else value
 
 

@@ -19,7 +19,7 @@ from lorgnette.export.checkpoint import Checkpoint, open_files
 from lorgnette.export.component import Component, TensorSpec
 from lorgnette.export.trace import build_module, trace
 from lorgnette.export.weights import WeightSource, module_shapes
-from lorgnette.quantize.plan import PLANS, QuantPlan
+from lorgnette.quantize.plan import PLANS, QuantPlan, Rule
 from lorgnette.quantize.scheme import Activations, QuantScheme
 from lorgnette.targets.onnx.lowering import OnnxCpu
 from lorgnette.targets.target import LoweredComponent
@@ -134,10 +134,17 @@ def draw(*shape: int) -> Array:
     return np.random.default_rng(7).standard_normal(shape, dtype=np.float32)
 
 
-def plan_of(bits: int, group: int = 32, *, activations: Activations = "float") -> QuantPlan:
+def plan_of(
+    bits: int,
+    group: int = 32,
+    *,
+    activations: Activations = "float",
+    symmetric: bool = True,
+    method: str = "rtn",
+) -> QuantPlan:
     """A plan of one integer scheme."""
-    scheme = QuantScheme(bits=bits, group_size=group, activations=activations)
-    return QuantPlan("one", "one scheme for all", (("*", scheme),))
+    scheme = QuantScheme(bits=bits, group_size=group, activations=activations, symmetric=symmetric)
+    return QuantPlan("one", "one scheme for all", (Rule("*", scheme, method),))
 
 
 def check(tmp_path: Path, component: Component, *inputs: Array, tolerance: float = 2e-6) -> Lowered:

@@ -13,7 +13,7 @@ import msgspec
 
 from lorgnette.cli.output import Command, print_json, printable, require_extra, size, steps, table
 from lorgnette.errors import ConfigError
-from lorgnette.recipe import Recipe
+from lorgnette.recipe import PlanText, Recipe
 
 if TYPE_CHECKING:
     from lorgnette.bundle import Bundle
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from lorgnette.runtime.golden import GoldenText
     from lorgnette.runtime.verify import Ladder
 
-EXCLUSIVE = ("longest_edge", "max_tiles")
-"""Two ways to say the same: the one that is given last replaces the other."""
+EXCLUSIVE = (("longest_edge", "max_tiles"), ("quant", "plan"))
+"""Pairs of ways to say the same: the one that is given last replaces the other."""
 
 
 @click.command(cls=Command)
@@ -34,6 +34,12 @@ EXCLUSIVE = ("longest_edge", "max_tiles")
 )
 @click.option("--target", help="What it is made for: see 'lorgnette list targets'.  [onnx-cpu]")
 @click.option("--quant", help="How weights are stored: see 'lorgnette list schemes'.  [fp32]")
+@click.option(
+    "--plan",
+    "plan_file",
+    type=click.Path(path_type=Path),
+    help="The same as a TOML file of rules, in place of --quant.",
+)
 @click.option(
     "--out", type=click.Path(path_type=Path), help="The bundle.  [CHECKPOINT's name-QUANT.lorg]"
 )
@@ -54,6 +60,7 @@ def export(
     vision: Path | None,
     target: str | None,
     quant: str | None,
+    plan_file: Path | None,
     out: Path | None,
     context: int | None,
     max_tiles: int | None,
@@ -68,9 +75,12 @@ def export(
 
     CHECKPOINT is a folder as published or a GGUF file.
     """
+    if quant is not None and plan_file is not None:
+        raise click.UsageError("--quant and --plan both say how weights are stored: give one")
     options = {
         "target": target,
         "quant": quant,
+        "plan": None if plan_file is None else _plan(plan_file),
         "context_length": context,
         "longest_edge": longest_edge,
         "max_tiles": max_tiles,
@@ -105,10 +115,19 @@ def build_recipe(file: Path | None, settings: Sequence[str], options: Mapping[st
     levels = [read_recipe_file(file) if file is not None else {}, _parse_settings(settings)]
     merged: dict[str, Any] = {}
     for level in (*levels, options):
-        if any(key in level for key in EXCLUSIVE):
-            merged = {key: value for key, value in merged.items() if key not in EXCLUSIVE}
+        for pair in EXCLUSIVE:
+            if any(key in level for key in pair):
+                merged = {key: value for key, value in merged.items() if key not in pair}
         merged |= level
-    return msgspec.convert(merged, Recipe)
+    if isinstance(plan := merged.get("plan"), PlanText):
+        merged.setdefault("quant", plan.name)
+    return Recipe(**merged)
+
+
+def _plan(file: Path) -> PlanText:
+    from lorgnette.quantize.plan_file import read_plan_file
+
+    return read_plan_file(file)
 
 
 def read_recipe_file(file: Path) -> dict[str, Any]:

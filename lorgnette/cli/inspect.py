@@ -74,6 +74,7 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "target": manifest.recipe.target,
         "engine": manifest.engine,
         "quant": manifest.recipe.quant,
+        "rules": _rules(manifest),
         "recipe": msgspec.to_builtins(manifest.recipe),
         "context_length": context,
         "components": _components(manifest),
@@ -83,6 +84,14 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "files": [msgspec.to_builtins(entry) for entry in manifest.files],
         "bytes": sum(entry.bytes for entry in manifest.files),
     }
+
+
+def _rules(manifest: Manifest) -> list[str]:
+    """The rules of a plan file; a named plan is known by its name."""
+    from lorgnette.quantize.plan_file import plan_for
+
+    recipe = manifest.recipe
+    return [] if recipe.plan is None else [str(rule) for rule in plan_for(recipe).rules]
 
 
 def _components(manifest: Manifest) -> list[dict[str, Any]]:
@@ -154,6 +163,7 @@ def _bundle_lines(document: dict[str, Any]) -> list[str]:
         ("checkpoint", f"{document['checkpoint']}, {_family(document)}"),
         ("target", f"{document['target']}, engine {document['engine']}"),
         ("scheme", document["quant"]),
+        *(("", rule) for rule in document["rules"]),
         *_common_rows(document),
     ]
     components = [

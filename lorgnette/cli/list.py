@@ -46,13 +46,17 @@ def list_targets() -> list[dict[str, Any]]:
 
 
 def _target(target: Target) -> dict[str, Any]:
+    from lorgnette.quantize.plan import PLANS
+
     capabilities = target.capabilities
     missing = missing_modules("export")
     no_lower = f"no {', '.join(missing)}: pip install 'lorgnette[export]'" if missing else None
     return {
         "name": target.name,
         "summary": capabilities.summary,
-        "schemes": list(capabilities.plans),
+        "schemes": [name for name, plan in PLANS.items() if capabilities.takes(plan)],
+        "matrices": [str(each) for each in capabilities.matrices],
+        "tables": [str(each) for each in capabilities.tables],
         "engine": f"{capabilities.engine}>={capabilities.engine_min_version}",
         "can_lower": no_lower is None,
         "no_lower_reason": no_lower,
@@ -83,7 +87,8 @@ def list_schemes() -> list[dict[str, Any]]:
         {
             "name": plan.name,
             "summary": plan.summary,
-            "targets": [t.name for t in targets if plan.name in t.capabilities.plans],
+            "rules": [str(rule) for rule in plan.rules],
+            "targets": [t.name for t in targets if t.capabilities.takes(plan)],
         }
         for plan in PLANS.values()
     ]
@@ -97,4 +102,5 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
         lower = "can be made here" if entry["can_lower"] else entry["no_lower_reason"]
         run = "runs here" if entry["can_run"] else entry["no_run_reason"]
         return entry["name"], entry["summary"], lower, run
-    return entry["name"], entry["summary"], f"targets: {', '.join(entry['targets'])}"
+    targets = f"targets: {', '.join(entry['targets'])}"
+    return entry["name"], "; ".join(entry["rules"]), targets

@@ -12,8 +12,7 @@ from lorgnette.spec import ModelSpec, Preprocess, TextSpec
 if TYPE_CHECKING:
     from lorgnette.export.check import Parts
     from lorgnette.export.weights import WeightSource
-    from lorgnette.quantize.plan import QuantPlan
-    from lorgnette.quantize.scheme import QuantScheme
+    from lorgnette.quantize.plan import QuantPlan, Rule
 
 FLOAT32_BYTES = 4
 PICTURES = (("640x480", 640, 480), ("1:1", 1024, 1024))
@@ -79,25 +78,28 @@ def bundle_weight_bytes(
     for component, source in sources.items():
         for name, shape in source.shapes.items():
             origin = source.origin(name) or f"{component}/{name}"
-            scheme = plan.scheme_for(component, name) if name in matrices[component] else None
-            for form, count in _blobs(shape, scheme):
+            rule = plan.rule_for(component, name) if name in matrices[component] else None
+            for form, count in _blobs(shape, rule):
                 if (origin, form) not in stored:
                     stored.add((origin, form))
                     end += -end % (PAGE_BYTES if count >= PAGE_BYTES else SMALL_ALIGN_BYTES) + count
     return end
 
 
-def _blobs(shape: tuple[int, ...], scheme: QuantScheme | None) -> list[tuple[str, int]]:
-    """What one parameter stores: codes and scales of an integer matrix, else one array."""
-    elements = math.prod(shape)
-    if scheme is None:
-        return [("float32", elements * FLOAT32_BYTES)]
-    rows, columns = shape
-    stored = scheme.stored_bytes(rows, columns)
+def _blobs(shape: tuple[int, ...], rule: Rule | None) -> list[tuple[str, int]]:
+    """What one parameter stores: the parts of an integer matrix, else one array."""
+    if rule is None:
+        return [("float32", math.prod(shape) * FLOAT32_BYTES)]
+    scheme = rule.scheme
     if not scheme.is_integer:
-        return [(scheme.form, stored)]
-    scales = rows * scheme.groups(columns) * FLOAT32_BYTES
-    return [(f"{scheme.form}.codes", stored - scales), (f"{scheme.form}.scales", scales)]
+        return [(scheme.form, scheme.stored_bytes(*shape))]
+    form = f"{scheme.form}.{rule.method}"
+    parts = [
+        (f"{form}.codes", scheme.code_bytes(*shape)),
+        (f"{form}.scales", scheme.scale_bytes(*shape)),
+        (f"{form}.zeros", scheme.zero_point_bytes(*shape)),
+    ]
+    return [(name, count) for name, count in parts if count]
 
 
 def checkpoint_weight_bytes(parts: Parts) -> dict[str, int]:

@@ -105,7 +105,7 @@ def _fresh_goldens(
     from lorgnette.export.check import make_golden
     from lorgnette.export.families import open_checkpoint
     from lorgnette.export.pipeline import read_parts
-    from lorgnette.quantize.plan import find_plan
+    from lorgnette.quantize.plan_file import plan_for
     from lorgnette.runtime.image import load_image
 
     progress("read checkpoint")
@@ -119,7 +119,7 @@ def _fresh_goldens(
             got=_differences(parts.spec, bundle.manifest.spec),
             hint="give the checkpoint that the bundle was exported from",
         )
-    plan = find_plan(recipe.quant)
+    plan = plan_for(recipe)
     if not pictures:
         return [make_golden(parts, plan, progress)]
     return [make_golden(parts, plan, progress, picture) for picture in pictures]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -26,8 +27,14 @@ def load_method(name: str) -> Method:
     """The method of a name, which is the name of its file.
 
     Raises:
-        ConfigError: There is no such file.
+        ConfigError: There is no such file; lists those that are there.
     """
     if not name.isidentifier() or find_spec(f"{__name__}.{name}") is None:
-        raise ConfigError("unknown quantisation method", got=repr(name))
+        known = f"one of {', '.join(method_names())}"
+        raise ConfigError("unknown quantisation method", got=repr(name), wanted=known)
     return cast("Method", importlib.import_module(f"{__name__}.{name}"))
+
+
+def method_names() -> list[str]:
+    """Every method by name, without loading any."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))

@@ -63,6 +63,7 @@ class GraphBuilder:
         self._nodes: list[ir.Node] = []
         self._initializers: dict[str, ir.Value] = {}
         self._shared: dict[str, ir.Value] = {}
+        self._held: tuple[str, QuantTensor] | None = None
 
     def node(
         self,
@@ -104,6 +105,12 @@ class GraphBuilder:
         """The planned scheme of a matrix."""
         return self._plan.scheme_for(self.component.name, parameter)
 
+    def keep_in_float(self, parameter: str, reason: str) -> None:
+        """Tells that a weight stays float32, where the plan asked for something else."""
+        rule = self._plan.find_rule(self.component.name, parameter)
+        if rule is not None and rule.scheme.bits != 32:
+            self.kept_in_float[parameter] = reason
+
     def float_weight(self, parameter: str, dtype: type[np.floating] = np.float32) -> ir.Value:
         """A weight as it is, float32 or float16.
 
@@ -140,23 +147,15 @@ class GraphBuilder:
         """
         rows, columns = self._source.shapes[parameter]
         groups = scheme.groups(columns)
-        made: list[QuantTensor] = []
-
-        def quantized() -> QuantTensor:
-            if not made:
-                made.append(self._plan.quantize(self._source.array(parameter), scheme))
-            return made[0]
-
-        form = scheme.form
-        group_bytes = scheme.group_size * scheme.bits // 8
-        codes = self._stored(
+        codes = self._integer_part(
             parameter,
-            f"{form}.codes",
-            shape(rows, groups, group_bytes),
-            lambda: pack_codes(quantized().codes, scheme.bits),
+            scheme,
+            "codes",
+            shape(rows, groups, scheme.group_size * scheme.bits // 8),
+            lambda made: pack_codes(made.codes, scheme.bits),
         )
-        scales = self._stored(
-            parameter, f"{form}.scales", (rows, groups), lambda: quantized().scales
+        scales = self._integer_part(
+            parameter, scheme, "scales", (rows, groups), lambda made: made.scales
         )
         return codes, scales
 
@@ -167,20 +166,49 @@ class GraphBuilder:
             Codes (uint8 `[columns, rows]`) and scales (float32 `[rows]`).
         """
         rows, columns = self._source.shapes[parameter]
-        made: list[QuantTensor] = []
-
-        def quantized() -> QuantTensor:
-            if not made:
-                made.append(self._plan.quantize(self._source.array(parameter), scheme))
-            return made[0]
-
-        codes = self._stored(
-            parameter, f"{scheme.form}.columns", (columns, rows), lambda: quantized().codes.T
+        codes = self._integer_part(
+            parameter, scheme, "columns", (columns, rows), lambda made: made.codes.T
         )
-        scales = self._stored(
-            parameter, f"{scheme.form}.scales", (rows,), lambda: quantized().scales
-        )
+        scales = self._integer_part(parameter, scheme, "scales", (rows,), lambda made: made.scales)
         return codes, scales
+
+    def zero_points(self, parameter: str, scheme: QuantScheme) -> list[ir.Value]:
+        """The packed zero points of a matrix, uint8 `[rows, bytes]`; none of a symmetric scheme."""
+        if scheme.symmetric:
+            return []
+        rows, columns = self._source.shapes[parameter]
+        shape = (rows, scheme.zero_point_bytes(1, columns))
+        return [
+            self._integer_part(
+                parameter,
+                scheme,
+                "zeros",
+                shape,
+                lambda made: pack_codes(made.zero_points, scheme.bits),
+            )
+        ]
+
+    def _integer_part(
+        self,
+        parameter: str,
+        scheme: QuantScheme,
+        part: str,
+        shape: tuple[int, ...],
+        take: Callable[[QuantTensor], NDArray[np.generic]],
+    ) -> ir.Value:
+        """One array of a quantised matrix; the last matrix is held, so that it is made once."""
+
+        def make() -> NDArray[np.generic]:
+            if self._held is None or self._held[0] != parameter:
+                weight = self._source.array(parameter)
+                self._held = (
+                    parameter,
+                    self._plan.quantize(self.component.name, parameter, weight),
+                )
+            return take(self._held[1])
+
+        method = self._plan.rule_for(self.component.name, parameter).method
+        return self._stored(parameter, f"{scheme.form}.{part}", shape, make, method)
 
     def finish(self, outputs: Sequence[ir.Value]) -> ir.Model:
         """Names the outputs and closes the graph."""
@@ -205,11 +233,12 @@ class GraphBuilder:
         form: str,
         shape: tuple[int, ...],
         make: Callable[[], NDArray[np.generic]],
+        method: str = "",
     ) -> ir.Value:
         name = f"{parameter}.{form}"
         if name not in self._initializers:
             origin = self._source.origin(parameter) or f"{self.component.name}/{parameter}"
-            tensor, written = self._weights.add(f"{origin}.{form}", name, shape, make)
+            tensor, written = self._weights.add(f"{origin}.{form}.{method}", name, shape, make)
             self.weight_bytes[form.split(".", maxsplit=1)[0]] += written
             self._add_initializer(name, shape, tensor)
         return self._initializers[name]
@@ -226,13 +255,16 @@ class GraphBuilder:
 
 
 def pack_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Codes to bytes: 8 bits as they are, 4 bits two a byte with the even column low.
+    """Codes to bytes: the first column in the lowest bits, each row whole bytes.
 
-    Shapes: uint8 `[rows, columns]` to `[rows, columns * bits / 8]`.
+    Shapes: uint8 `[rows, columns]` to `[rows, ceil(columns * bits / 8)]`; 2, 4 or 8 bits.
     """
-    if bits == 8:
-        return codes
-    packed: NDArray[np.uint8] = codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))
+    a_byte = 8 // bits
+    missing = -codes.shape[1] % a_byte
+    filled = np.pad(codes, ((0, 0), (0, missing))) if missing else codes
+    packed: NDArray[np.uint8] = filled[:, 0::a_byte].copy()
+    for place in range(1, a_byte):
+        packed |= filled[:, place::a_byte] << np.uint8(bits * place)
     return packed
 
 

@@ -8,9 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorgnette.quantize.plan import PLANS, QuantPlan
-from lorgnette.spec import ModelSpec
-from lorgnette.targets.target import Capabilities, LoweredComponent, Target
+from lorgnette.quantize.plan import QuantPlan
+from lorgnette.quantize.scheme import GROUP_SIZES
+from lorgnette.targets.capabilities import (
+    Capabilities,
+    Matrix,
+    SchemeRange,
+    scheme_problems,
+    some,
+)
+from lorgnette.targets.target import LoweredComponent, Target
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -18,6 +25,24 @@ if TYPE_CHECKING:
     from lorgnette.export.component import Component
     from lorgnette.export.weights import WeightSource
     from lorgnette.targets.onnx.weight_file import WeightFile
+
+FLOATS = SchemeRange(bits=(16, 32))
+EITHER = (True, False)
+# Found by running every combination in onnxruntime 1.24.2 and 1.32.0 on a CPU: MatMulNBits has 2,
+# 4 and 8 bits and groups of a power of two from 16; GatherBlockQuantized the same, but 1.24 no 2
+# bits. With int8_group, MatMulNBits of 2 bits rounds activations only in 1.32 and in groups of 32
+# to 128; elsewhere it multiplies in float32, which loses less.
+MATRICES = (
+    FLOATS,
+    SchemeRange(
+        bits=(2,), groups=GROUP_SIZES, symmetric=EITHER, activations=("float", "int8_group")
+    ),
+    SchemeRange(
+        bits=(4, 8), groups=GROUP_SIZES, symmetric=EITHER, activations=("float", "int8_group")
+    ),
+    SchemeRange(bits=(8,), activations=("int8_token",)),  # MatMulIntegerToFloat
+)
+TABLES = (FLOATS, SchemeRange(bits=(4, 8), groups=GROUP_SIZES, symmetric=EITHER))
 
 GRAPHS = "graphs"
 WEIGHTS = "weights.bin"
@@ -61,24 +86,34 @@ class OnnxCpu:
 
     name = "onnx-cpu"
     capabilities = Capabilities(
-        plans=tuple(PLANS),
+        matrices=MATRICES,
+        tables=TABLES,
         cache_style="functional",
         engine="onnxruntime",
         engine_min_version="1.24.2",
         summary="onnxruntime on any CPU: Linux, macOS, Windows, Android, iOS",
     )
 
-    def check(self, spec: ModelSpec, plan: QuantPlan) -> Sequence[str]:
-        """Every reason why this model cannot be lowered so; empty where it can."""
-        problems = []
-        if plan.name not in self.capabilities.plans:
-            problems.append(f"scheme '{plan.name}' is not one of {self.capabilities.plans}")
-        table = plan.scheme_for("token_embedding", "table.weight")
-        if table.is_integer and spec.text.hidden_size % table.group_size:
-            problems.append(
-                f"the embedding width {spec.text.hidden_size} is not a multiple of "
-                f"{table.group_size}, so '{plan.name}' cannot gather it; use fp32 or fp16"
-            )
+    def check(self, matrices: Sequence[Matrix], plan: QuantPlan) -> Sequence[str]:
+        """Every reason why a model of these matrices cannot be lowered so; empty where it can."""
+        problems = scheme_problems(self.capabilities, plan, matrices)
+        for table in (matrix for matrix in matrices if matrix.gathered):
+            scheme = plan.scheme_for(table.component, table.name)
+            if not scheme.is_integer or not scheme.group_size:
+                continue
+            if table.columns % scheme.group_size:
+                problems.append(
+                    f"the width {table.columns} of {some([table])} is not a multiple of "
+                    f"{scheme.group_size}, so it cannot be gathered as {scheme.form}; "
+                    "use other groups, fp32 or fp16"
+                )
+            elif not scheme.symmetric and scheme.groups(table.columns) * scheme.bits % 8:
+                # onnxruntime 1.24 reads packed zero points on across the ends of rows.
+                problems.append(
+                    f"{some([table])} has {scheme.groups(table.columns)} groups a row, whose zero "
+                    f"points of {scheme.bits} bits do not fill whole bytes, so it cannot be "
+                    f"gathered as {scheme.form}; use smaller groups or a symmetric scheme"
+                )
         return problems
 
     @contextmanager

@@ -55,7 +55,8 @@ def _grouped_matmul(
         # 4: multiply in int8; 1: in float32. Source: onnxruntime's operator documentation.
         "accuracy_level": 4 if scheme.activations == "int8_group" else 1,
     }
-    (out,) = builder.node("MatMulNBits", [x, codes, scales], attributes, domain=CONTRIB)
+    inputs = [x, codes, scales, *builder.zero_points(weight, scheme)]
+    (out,) = builder.node("MatMulNBits", inputs, attributes, domain=CONTRIB)
     return out
 
 
@@ -74,9 +75,8 @@ def embedding(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Va
             "gather_axis": 0,
             "quantize_axis": 1,
         }
-        (out,) = builder.node(
-            "GatherBlockQuantized", [codes, ids, scales], attributes, domain=CONTRIB
-        )
+        inputs = [codes, ids, scales, *builder.zero_points(table, scheme)]
+        (out,) = builder.node("GatherBlockQuantized", inputs, attributes, domain=CONTRIB)
         return out
     half = scheme.bits == 16
     (out,) = builder.node(
@@ -143,8 +143,7 @@ def convolution(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.
         for i, default in enumerate((None, None, None, [1, 1], [0, 0], [1, 1], 1))
     )
     weight = weight_name(builder, known, kernel)
-    if builder.scheme(weight).bits != 32:
-        builder.kept_in_float[weight] = "a convolution's kernel: schemes are for matrices"
+    builder.keep_in_float(weight, "a convolution's kernel: schemes are for matrices")
     inputs = [graph_value(builder, known, x), builder.float_weight(weight)]
     if bias is not None:
         inputs.append(graph_value(builder, known, bias))

@@ -249,7 +249,7 @@ def test_operators_are_the_fused_ones(graphs: Graphs) -> None:
     assert decoder["com.microsoft::GroupQueryAttention"] == layers
     assert decoder["com.microsoft::SkipSimplifiedLayerNormalization"] == 2 * layers - 1
     assert decoder["ai.onnx::SimplifiedLayerNormalization"] == 2
-    kept_whole = graphs.eager.plan.rules[-1][1].is_integer
+    kept_whole = graphs.eager.plan.rules[-1].scheme.is_integer
     matmul = "com.microsoft::MatMulNBits" if kept_whole else "com.microsoft::FusedMatMul"
     assert decoder[matmul] == 4 * layers + 1
     if kept_whole:  # all but patches of pixels

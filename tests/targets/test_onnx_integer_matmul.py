@@ -19,14 +19,14 @@ from lorgnette.errors import ConfigError
 from lorgnette.export.component import TensorSpec
 from lorgnette.export.reference import _rounding
 from lorgnette.quantize.methods import rtn
-from lorgnette.quantize.plan import QuantPlan
+from lorgnette.quantize.plan import QuantPlan, Rule
 from lorgnette.quantize.scheme import QuantScheme
 from lorgnette.targets.onnx.lowering import OnnxCpu
 from tests.rounding import rounded
 from tests.small import Array, Lowered, draw, lower, of_width, session, single, weights_of
 
 SCHEME = QuantScheme(bits=8, activations="int8_token")
-PLAN = QuantPlan("one", "one scheme for all", (("*", SCHEME),))
+PLAN = QuantPlan("one", "one scheme for all", (Rule("*", SCHEME),))
 
 
 def by_integers(x: Array, weight: Array) -> Array:
@@ -236,7 +236,7 @@ REFUSED = {
 @pytest.mark.parametrize("form", REFUSED)
 def test_schemes_that_integer_kernels_cannot_carry_are_told(tmp_path: Path, form: str) -> None:
     component = of_width(lambda: nn.Linear(64, 8))
-    plan = QuantPlan("one", "one scheme for all", (("*", REFUSED[form]),))
+    plan = QuantPlan("one", "one scheme for all", (Rule("*", REFUSED[form]),))
     with pytest.raises(ConfigError, match="integer kernels cannot carry") as caught:
         lower(tmp_path, component, weights_of(component), plan)
     assert form in str(caught.value)

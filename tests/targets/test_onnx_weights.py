@@ -13,6 +13,7 @@ from torch import nn
 
 from lorgnette.errors import EXIT_WRONG_INPUT, ConfigError
 from lorgnette.export.component import TensorSpec
+from lorgnette.export.matrices import matrices_of
 from lorgnette.quantize.plan import PLANS, QuantPlan
 from lorgnette.targets import all_targets, find_target
 from lorgnette.targets.onnx.lowering import OnnxCpu
@@ -188,12 +189,13 @@ def test_check_tells_a_width_that_cannot_be_gathered(tmp_path: Path) -> None:
         text={"hidden_size": 72, "num_attention_heads": 3, "num_key_value_heads": 3}
     )
     config["text_config"]["head_dim"] = 24
-    spec = Eager(make_checkpoint(tmp_path, config)).spec
+    eager = Eager(make_checkpoint(tmp_path, config))
+    matrices = matrices_of(eager.components.values())
     target = find_target("onnx-cpu")
     for plan, wanted in (("fp32", 0), ("fp16", 0), ("int8", 1), ("int4", 1)):
-        problems = target.check(spec, PLANS[plan])
+        problems = target.check(matrices, PLANS[plan])
         assert len(problems) == wanted
-        assert all("72" in problem and plan in problem for problem in problems)
+        assert all("72" in p and "token_embedding/table.weight" in p for p in problems)
 
 
 def test_unknown_target_lists_the_known() -> None:

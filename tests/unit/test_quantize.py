@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 
 import numpy as np
@@ -13,8 +12,8 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from lorgnette.errors import EXIT_WRONG_INPUT, ConfigError
-from lorgnette.quantize.methods import load_method, rtn
-from lorgnette.quantize.plan import PLANS, find_plan
+from lorgnette.quantize.methods import load_method, mse, rtn
+from lorgnette.quantize.plan import PLANS, QuantPlan, Rule, find_plan
 from lorgnette.quantize.reference import rtn_group
 from lorgnette.quantize.scheme import FLOAT16, FLOAT32, QuantScheme
 from lorgnette.targets.onnx.graph import pack_codes
@@ -95,12 +94,12 @@ def test_columns_beyond_the_weight_mean_zero() -> None:
 
 
 @given(
-    st.sampled_from([4, 8]).flatmap(
+    st.sampled_from([2, 4, 8]).flatmap(
         lambda bits: st.tuples(
             st.just(bits),
             hnp.arrays(
                 np.uint8,
-                st.tuples(st.integers(1, 4), st.integers(1, 20).map(lambda n: 2 * n)),
+                st.tuples(st.integers(1, 4), st.integers(1, 40)),
                 elements=st.integers(0, 2**bits - 1),
             ),
         )
@@ -110,7 +109,7 @@ def test_packing_round_trip(case: tuple[int, NDArray[np.uint8]]) -> None:
     bits, codes = case
     packed = pack_codes(codes, bits)
     assert packed.dtype == np.uint8
-    assert packed.shape == (codes.shape[0], codes.shape[1] * bits // 8)
+    assert packed.shape == (codes.shape[0], -(-codes.shape[1] * bits // 8))
     for (row, column), code in np.ndenumerate(codes):
         # Bit by bit: code c of a row starts at bit c * bits of the row, low bits first.
         start = column * bits
@@ -179,9 +178,21 @@ def test_unknown_method(name: str) -> None:
         load_method(name)
 
 
-def test_a_plan_uses_its_method() -> None:
-    weight = np.arange(64, dtype=np.float32).reshape(2, 32)
-    plan = PLANS["int4"]
-    assert np.array_equal(plan.quantize(weight, INT4).codes, rtn.quantize(weight, INT4).codes)
+def test_each_rule_uses_its_method() -> None:
+    weight = np.random.default_rng(0).standard_normal((2, 32), dtype=np.float32)
+    rules = (Rule("a/*", INT4), Rule("b/*", INT4, "mse"), Rule("c/*", INT4, "other"))
+    plan = QuantPlan("p", "", rules)
+    assert np.array_equal(plan.quantize("a", "w", weight).codes, rtn.quantize(weight, INT4).codes)
+    assert np.array_equal(plan.quantize("b", "w", weight).codes, mse.quantize(weight, INT4).codes)
     with pytest.raises(ConfigError, match="unknown quantisation method"):
-        dataclasses.replace(plan, method="other").quantize(weight, INT4)
+        plan.quantize("c", "w", weight)
+    with pytest.raises(ConfigError, match="no rule selects the matrix 'd/w'"):
+        plan.quantize("d", "w", weight)
+
+
+def test_the_first_rule_that_fits_decides() -> None:
+    plan = QuantPlan("p", "", (Rule("a/x*", INT8), Rule("a/*", INT4), Rule("*", FLOAT16)))
+    told = [plan.scheme_for(*key) for key in (("a", "xy"), ("a", "y"), ("b", "xy"))]
+    assert told == [INT8, INT4, FLOAT16]
+    assert plan.find_rule("a", "x") is plan.rules[0]
+    assert QuantPlan("p", "", plan.rules[:2]).find_rule("b", "x") is None

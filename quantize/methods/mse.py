@@ -1,0 +1,116 @@
+"""Round to nearest with the step of least squared error."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorgnette.quantize.blocks import Groups, Rounded, by_rows
+from lorgnette.quantize.methods import rtn
+from lorgnette.quantize.scheme import QuantScheme, QuantTensor
+
+SEARCHED = {2: (0.4, 1.16), 3: (0.5, 1.16), 4: (0.65, 1.16), 8: (0.95, 1.01)}
+"""The shortest and the longest step tried by bits, as shares of round to nearest's. 1.16 is for
+symmetric grids: the largest element then maps to the code before the last of 4 bits."""
+CANDIDATES = 10
+"""Measured on the zoo: twice as many take a further 0.1 % off the error of 4 bits."""
+
+
+def quantize(weight: NDArray[np.float32], scheme: QuantScheme) -> QuantTensor:
+    """Rounds each group with the step, of some shorter and longer ones, of least squared error.
+
+    A shorter step clips the largest weights and rounds all others finer. For each step the codes
+    q (less the zero point) are those nearest, and the scale that suits these codes best follows by
+    least squares: s = <w, q> / <q, q>, with the error <w, w> - <w, q>**2 / <q, q>. The best
+    step's codes are then rounded once more with that scale. Asymmetric groups also try the zero
+    points beside. No group comes out worse than by round to nearest: where the search finds
+    nothing better, that remains.
+
+    Shapes: `weight` float32 `[rows, columns]`.
+    Source: Choukroun et al. 2019, "Low-bit Quantization of Neural Networks for Efficient
+    Inference", arXiv 1902.06822, equations 2 and 3 (steps of least squared error by search).
+    """
+    return by_rows(weight, scheme, lambda groups: _searched(groups, scheme))
+
+
+def _searched(groups: Groups, scheme: QuantScheme) -> Rounded:
+    plain = rtn.rounded(groups, scheme)
+    # In units of round to nearest's step nothing can overflow.
+    units = groups * rtn.inverse(plain[1])[:, :, None]
+    stretch, zeros = _best(units, plain[2], scheme)
+    found = _fit(units, stretch, zeros, scheme)
+    before = plain[0], np.ones_like(plain[1]), plain[2]
+    better = _errors(units, found) < _errors(units, before)
+    chosen = (
+        np.where(better[:, :, None], found[0], plain[0]),
+        np.where(better, found[1] * plain[1], plain[1]),
+        np.where(better, found[2], plain[2]),
+    )
+    return rtn.unless_too_large(chosen, plain, scheme)
+
+
+def _best(
+    units: Groups, zeros: NDArray[np.float32], scheme: QuantScheme
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The stretch and the zero point of each group whose codes explain most of it."""
+    last = np.float32((1 << scheme.bits) - 1)
+    most = np.zeros_like(zeros)
+    best_stretch, best_zeros = np.ones_like(zeros), zeros.copy()
+    codes = np.empty_like(units)
+
+    def attempt(stretch: NDArray[np.float32], zeros: NDArray[np.float32]) -> None:
+        np.multiply(units, stretch[:, :, None], out=codes)
+        _to_codes(codes, zeros, last)
+        gain = _explained(units, codes)
+        better = gain > most
+        most[better] = gain[better]
+        best_stretch[better] = stretch[better]
+        best_zeros[better] = zeros[better]
+
+    for step in np.linspace(*SEARCHED[scheme.bits], CANDIDATES, dtype=np.float32):
+        attempt(np.full_like(zeros, 1 / step), zeros)
+    if not scheme.symmetric:
+        for beside in (-1, 1):
+            attempt(best_stretch.copy(), np.clip(zeros + np.float32(beside), 0, last))
+    return best_stretch, best_zeros
+
+
+def _to_codes(scaled: Groups, zeros: NDArray[np.float32], last: np.float32) -> None:
+    """Rounds to codes less their zero point, in place."""
+    low, high = -zeros[:, :, None], (last - zeros)[:, :, None]
+    np.rint(scaled, out=scaled)
+    np.clip(scaled, low, high, out=scaled)
+
+
+def _explained(units: Groups, codes: Groups) -> NDArray[np.float32]:
+    """`<w, q>**2 / <q, q>`: what the best scale for these codes takes off the squared error."""
+    along = np.einsum("rgs,rgs->rg", units, codes)
+    square = np.einsum("rgs,rgs->rg", codes, codes)
+    explained: NDArray[np.float32] = along * along / np.where(square > 0, square, 1)
+    return explained
+
+
+def _fit(
+    units: Groups,
+    stretch: NDArray[np.float32],
+    zeros: NDArray[np.float32],
+    scheme: QuantScheme,
+) -> Rounded:
+    """Codes, scales in units and zero points: least squares, then the nearest codes again."""
+    last = np.float32((1 << scheme.bits) - 1)
+    codes = units * stretch[:, :, None]
+    _to_codes(codes, zeros, last)
+    along = np.einsum("rgs,rgs->rg", units, codes)
+    square = np.einsum("rgs,rgs->rg", codes, codes)
+    scales = np.divide(along, square, out=np.ones_like(along), where=square > 0)
+    np.multiply(units, rtn.inverse(scales)[:, :, None], out=codes)
+    _to_codes(codes, zeros, last)
+    return codes + zeros[:, :, None], scales, zeros
+
+
+def _errors(units: Groups, made: Rounded) -> NDArray[np.float32]:
+    codes, scales, zeros = made
+    off = (codes - zeros[:, :, None]) * scales[:, :, None]
+    off -= units
+    errors: NDArray[np.float32] = np.einsum("rgs,rgs->rg", off, off)
+    return errors

@@ -1,0 +1,137 @@
+"""What a target can carry, as data: schemes of matrices, and what runs them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
+from typing import Literal
+
+from lorgnette.quantize.plan import QuantPlan
+from lorgnette.quantize.scheme import Activations, QuantScheme
+from lorgnette.spec import Frozen
+
+NEAREST = 3
+"""How many schemes are named in place of one that cannot be carried."""
+
+
+class Matrix(Frozen, frozen=True):
+    """A weight that a plan applies to."""
+
+    component: str
+    name: str
+    rows: int
+    columns: int
+    gathered: bool
+    """Whether rows are looked up in it (an embedding table) or inputs multiplied by it."""
+
+    def __str__(self) -> str:
+        """Its name as selectors see it."""
+        return f"{self.component}/{self.name}"
+
+
+class SchemeRange(Frozen, frozen=True):
+    """Schemes that differ in a few numbers: every combination of these."""
+
+    bits: tuple[int, ...]
+    groups: tuple[int, ...] = (0,)
+    """Columns of a group; 0 is a whole row."""
+    symmetric: tuple[bool, ...] = (True,)
+    activations: tuple[Activations, ...] = ("float",)
+
+    def schemes(self) -> Iterator[QuantScheme]:
+        """Every one of them."""
+        for bits, group, symmetric, activations in product(
+            self.bits, self.groups, self.symmetric, self.activations
+        ):
+            yield QuantScheme(
+                bits=bits, group_size=group, symmetric=symmetric, activations=activations
+            )
+
+    def __str__(self) -> str:
+        """A line such as `int4/8 g16/32, symmetric or not, activations float or int8_group`."""
+        kind = "float" if min(self.bits) >= 16 else "int"
+        parts = [kind + "/".join(map(str, self.bits))]
+        if kind == "float":
+            return parts[0]
+        groups = "/".join(str(group) if group else "channel" for group in self.groups)
+        zeros = " or ".join("symmetric" if way else "with zero points" for way in self.symmetric)
+        return f"{parts[0]} groups {groups}, {zeros}, activations {' or '.join(self.activations)}"
+
+
+class Capabilities(Frozen, frozen=True):
+    """What a target can carry and what runs it."""
+
+    matrices: tuple[SchemeRange, ...]
+    """Schemes of matrices that inputs are multiplied by."""
+    tables: tuple[SchemeRange, ...]
+    """Schemes of tables that rows are gathered from; nothing is multiplied, so what a scheme says
+    about activations does not matter there."""
+    cache_style: Literal["functional", "state"]
+    engine: str
+    """The engine that executes its graphs."""
+    engine_min_version: str
+    summary: str
+
+    def carries(self, scheme: QuantScheme, *, gathered: bool) -> bool:
+        """Whether a matrix, or a table, can be stored so."""
+        return _plain(scheme, gathered) in self._schemes(gathered)
+
+    def nearest(self, scheme: QuantScheme, *, gathered: bool) -> list[QuantScheme]:
+        """The schemes most like one that cannot be carried, the likest first."""
+        found = sorted(
+            self._schemes(gathered), key=lambda other: _distance(_plain(scheme, gathered), other)
+        )
+        return found[:NEAREST]
+
+    def takes(self, plan: QuantPlan) -> bool:
+        """Whether some matrix can be carried by each rule of a plan."""
+        return all(self.carries(rule.scheme, gathered=False) for rule in plan.rules)
+
+    def _schemes(self, gathered: bool) -> list[QuantScheme]:
+        ranges = self.tables if gathered else self.matrices
+        return [scheme for each in ranges for scheme in each.schemes()]
+
+
+def scheme_problems(
+    capabilities: Capabilities, plan: QuantPlan, matrices: Iterable[Matrix]
+) -> list[str]:
+    """Schemes that cannot be carried: for each the matrices, and what is nearest."""
+    refused: dict[tuple[QuantScheme, bool], list[Matrix]] = {}
+    for matrix in matrices:
+        scheme = plan.scheme_for(matrix.component, matrix.name)
+        if not capabilities.carries(scheme, gathered=matrix.gathered):
+            refused.setdefault((scheme, matrix.gathered), []).append(matrix)
+    problems = []
+    for (scheme, gathered), found in refused.items():
+        kind = "gathered" if gathered else "multiplied"
+        nearest = capabilities.nearest(scheme, gathered=gathered)
+        names = ", ".join(other.full_name for other in nearest)
+        problems.append(f"{some(found)} cannot be {kind} as {scheme.full_name}; nearest: {names}")
+    return problems
+
+
+def some(matrices: Sequence[Matrix]) -> str:
+    """The first of several matrices by name, and how many there are besides."""
+    more = f" and {len(matrices) - 1} more" if len(matrices) > 1 else ""
+    return f"'{matrices[0]}'{more}"
+
+
+def _plain(scheme: QuantScheme, gathered: bool) -> QuantScheme:
+    if not gathered:
+        return scheme
+    return QuantScheme(bits=scheme.bits, group_size=scheme.group_size, symmetric=scheme.symmetric)
+
+
+def _distance(one: QuantScheme, other: QuantScheme) -> float:
+    """How unlike two schemes are: bits weigh most, then how activations are rounded."""
+
+    def group(scheme: QuantScheme) -> float:
+        return math.log2(scheme.group_size or 4096)
+
+    return (
+        8 * abs(math.log2(one.bits / other.bits))
+        + 4 * (one.activations != other.activations)
+        + 2 * (one.symmetric != other.symmetric)
+        + abs(group(one) - group(other))
+    )
