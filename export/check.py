@@ -99,10 +99,15 @@ def bounds_for(plan: QuantPlan, golden: GoldenText) -> Bounds:
     of the logits where they are trained, up to 7 % where they are random), so the reference
     measures it, and an engine, which may group activations in another way, gets three times that.
     """
-    logits = FLOAT_BOUND
-    if rounds_activations(plan):
-        logits = 3 * golden.rounding_activations + 0.01
-    return Bounds(image_tokens=FLOAT_BOUND, logits=logits, greedy_ids_equal=plan.name == "fp32")
+
+    def bound(lost: float) -> float:
+        return 3 * lost + 0.01 if lost else FLOAT_BOUND
+
+    return Bounds(
+        image_tokens=bound(golden.rounding_activations_image_tokens),
+        logits=bound(golden.rounding_activations),
+        greedy_ids_equal=plan.name == "fp32",
+    )
 
 
 def make_golden(
@@ -136,7 +141,7 @@ def make_golden(
     )
     logits = logits[:LOGIT_STEPS]
     del original
-    rounded_tokens, rounded_logits, lost = image_tokens, logits, 0.0
+    rounded_tokens, rounded_logits, lost = image_tokens, logits, (0.0, 0.0)
     if plan.name != "fp32":
         progress("reference, rounded weights")
         rounded = Reference(components, parts.sources, plan)
@@ -144,10 +149,12 @@ def make_golden(
         rounded_tokens = rounded.encode(tiles.pixels)
         embeddings = _splice(rounded, parts, ids, rounded_tokens)
         rounded_logits = rounded.follow(embeddings, forced)
-        if rounded.round_activations():
+        where = rounded.round_activations()
+        if where:
             progress("reference, rounded activations")
-            emulated = rounded.follow(embeddings, forced)
-            lost = max(map(relative_error, emulated, rounded_logits))
+            seen = rounded.encode(tiles.pixels) if "vision_encoder" in where else rounded_tokens
+            said = rounded.follow(_splice(rounded, parts, ids, seen), forced)
+            lost = (_worst(seen, rounded_tokens), _worst(said, rounded_logits))
     text = GoldenText(
         question=question,
         tiles_sha256=tiles_digest(tiles),
@@ -157,9 +164,15 @@ def make_golden(
         original_greedy_ids=tuple(greedy),
         rounding_image_tokens=relative_error(rounded_tokens, image_tokens),
         rounding_logits=relative_error(rounded_logits, logits),
-        rounding_activations=lost,
+        rounding_activations=lost[1],
+        rounding_activations_image_tokens=lost[0],
     )
     return Golden(text, picture, rounded_tokens, rounded_logits)
+
+
+def _worst(got: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
+    """The largest relative error of any tile or step."""
+    return max(map(relative_error, got, wanted))
 
 
 def _splice(

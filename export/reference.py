@@ -154,21 +154,28 @@ class Reference:
             for spec in self._components["decoder"].cache_inputs
         ]
 
-    def round_activations(self) -> bool:
-        """Makes the decoder round the inputs of its matrices to 8 bits from now on.
+    def round_activations(self) -> set[str]:
+        """Makes every component round the inputs of its matrices from now on as the plan says.
 
-        As onnxruntime's MatMulNBits does at accuracy level 4: per position, in the groups of the
-        weight. Returns whether the plan has any such matrix.
+        To 8 bits, symmetric: for each position, or as onnxruntime's MatMulNBits does at accuracy
+        level 4 for each position and group of the weight.
+
+        Returns:
+            The components that have any such matrix.
         """
+        rounded: set[str] = set()
         if self._plan is None:
-            return False
-        rounded = False
-        for name, layer in self._module("decoder").named_modules():
-            if isinstance(layer, nn.Linear):
-                scheme = self._plan.scheme_for("decoder", f"{name}.weight")
-                if scheme.activations == "int8_group":
-                    layer.register_forward_pre_hook(_rounding(scheme.group_size))
-                    rounded = True
+            return rounded
+        for component in self._components:
+            for name, layer in self._module(component).named_modules():
+                if not isinstance(layer, nn.Linear):
+                    continue
+                scheme = self._plan.scheme_for(component, f"{name}.weight")
+                if scheme.activations != "float":
+                    by_group = scheme.activations == "int8_group"
+                    width = scheme.group_size if by_group else layer.in_features
+                    layer.register_forward_pre_hook(_rounding(width))
+                    rounded.add(component)
         return rounded
 
     def _module(self, name: str) -> nn.Module:
@@ -186,16 +193,16 @@ class Reference:
         return self._modules[name]
 
 
-def _rounding(group_size: int) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
-    """A hook that rounds a layer's input to 8 bits, symmetric, in groups of its last axis."""
+def _rounding(width: int) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
+    """A hook that rounds a layer's input to 8 bits, a scale for each `width` of its last axis."""
 
     def hook(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        width = inputs[0].shape[-1]
-        padded = functional.pad(inputs[0], (0, -width % group_size))
-        grouped = padded.reshape(*padded.shape[:-1], -1, group_size)
+        columns = inputs[0].shape[-1]
+        padded = functional.pad(inputs[0], (0, -columns % width))
+        grouped = padded.reshape(*padded.shape[:-1], -1, width)
         scale = grouped.abs().amax(-1, keepdim=True) / 127
         rounded = torch.where(scale > 0, (grouped / scale).round() * scale, grouped)
-        return (rounded.flatten(-2)[..., :width],)
+        return (rounded.flatten(-2)[..., :columns],)
 
     return hook
 

@@ -83,6 +83,14 @@ def _grouped(bits: int, activations: Activations) -> QuantScheme:
     return QuantScheme(bits=bits, group_size=GROUP, activations=activations)
 
 
+VISION_INT8 = (
+    # Patches of pixels and the one row of a squeeze-excite gate: no time to win.
+    Rule("vision_encoder/tower.embed.*", _grouped(8, "float")),
+    Rule("vision_encoder/*.gate.*", _grouped(8, "float")),
+    Rule("vision_encoder/*", QuantScheme(bits=8, activations="int8_token")),
+)
+"""Vision towers and projectors on integer kernels."""
+
 PLANS: dict[str, QuantPlan] = {
     plan.name: plan
     for plan in (
@@ -92,18 +100,19 @@ PLANS: dict[str, QuantPlan] = {
         ),
         QuantPlan(
             "int8",
-            "matrices 8-bit in groups of 32, round to nearest",
+            "matrices 8-bit in groups of 32, vision encoder by channel on integer kernels, "
+            "round to nearest",
             (
-                Rule("vision_encoder/*", _grouped(8, "float")),
+                *VISION_INT8,
                 Rule("*", _grouped(8, "int8_group")),
             ),
         ),
         QuantPlan(
             "int4",
-            "decoder, head and embedding 4-bit, vision encoder 8-bit, groups of 32, "
-            "round to nearest",
+            "decoder, head and embedding 4-bit in groups of 32, vision encoder 8-bit by channel on "
+            "integer kernels, round to nearest",
             (
-                Rule("vision_encoder/*", _grouped(8, "float")),
+                *VISION_INT8,
                 Rule("*", _grouped(4, "int8_group")),
             ),
         ),

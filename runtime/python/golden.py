@@ -38,6 +38,8 @@ class GoldenText(Frozen, frozen=True):
     rounding_activations: float
     """What rounding activations to 8 bits costs the logits besides, as the reference emulates it;
     0 where the scheme rounds none."""
+    rounding_activations_image_tokens: float = 0.0
+    """The same of the image tokens."""
 
 
 @dataclass(frozen=True, eq=False)

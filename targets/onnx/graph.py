@@ -159,6 +159,19 @@ class GraphBuilder:
         )
         return codes, scales
 
+    def channel_weight(self, parameter: str, scheme: QuantScheme) -> tuple[ir.Value, ir.Value]:
+        """A matrix by output channel, stored column by column as integer kernels read it.
+
+        Returns:
+            Codes (uint8 `[columns, rows]`) and scales (float32 `[rows]`).
+        """
+        rows, columns = self._source.shapes[parameter]
+        codes = self._integer_part(
+            parameter, scheme, "columns", (columns, rows), lambda made: made.codes.T
+        )
+        scales = self._integer_part(parameter, scheme, "scales", (rows,), lambda made: made.scales)
+        return codes, scales
+
     def zero_points(self, parameter: str, scheme: QuantScheme) -> list[ir.Value]:
         """The packed zero points of a matrix, uint8 `[rows, bytes]`; none of a symmetric scheme."""
         if scheme.symmetric:

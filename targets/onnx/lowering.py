@@ -40,6 +40,7 @@ MATRICES = (
     SchemeRange(
         bits=(4, 8), groups=GROUP_SIZES, symmetric=EITHER, activations=("float", "int8_group")
     ),
+    SchemeRange(bits=(8,), activations=("int8_token",)),  # MatMulIntegerToFloat
 )
 TABLES = (FLOATS, SchemeRange(bits=(4, 8), groups=GROUP_SIZES, symmetric=EITHER))
 
@@ -128,10 +129,13 @@ class OnnxCpu:
         """Writes a twin of a lowered graph that has the same weights and rounds no activations."""
         import onnx_ir as ir
 
+        from lorgnette.targets.onnx.integer_matmul import without_rounding
+
         model = ir.load(graph)
         for node in model.graph:
             if "accuracy_level" in node.attributes:
                 node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+        without_rounding(model)
         ir.save(model, out)
 
 

@@ -30,8 +30,8 @@ from lorgnette.quantize.plan import PLANS, find_plan
 from lorgnette.recipe import Recipe
 from lorgnette.runtime.golden import read_golden
 from lorgnette.runtime.preprocess import prepare
-from lorgnette.targets.onnx import operators
-from lorgnette.targets.onnx.arguments import Known, graph_value
+from lorgnette.targets.onnx import integer_matmul, operators
+from lorgnette.targets.onnx.arguments import Known, graph_value, weight_name
 from lorgnette.targets.onnx.graph import GraphBuilder
 
 CHECKPOINT = Path(__file__).parents[1] / "zoo" / "checkpoints" / "smolvlm-tiny"
@@ -146,15 +146,72 @@ def test_a_lowering_that_is_wrong_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("breakage", ["epsilon", pytest.param("silu", marks=pytest.mark.slow)])
+def layer_norm_epsilon(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> object:
+    values = [graph_value(builder, known, node.args[i]) for i in (0, 2, 3)]
+    return builder.node("LayerNormalization", values, {"axis": -1, "epsilon": 1e-3})[0]
+
+
+def linear_without_one_bias(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> object:
+    if weight_name(builder, known, node.args[1]) == "tower.layers.1.mlp.fc2.weight":
+        return linear_without_bias(builder, node, known)
+    return operators.linear(builder, node, known)
+
+
+def linear_with_two_scales_swapped(
+    builder: GraphBuilder, node: torch.fx.Node, known: Known
+) -> object:
+    out = operators.linear(builder, node, known)
+    if weight_name(builder, known, node.args[1]) == "tower.layers.1.mlp.fc1.weight":
+        add = out.producer()
+        scaled = add.inputs[0].producer() if add is not None and add.inputs[0] else None
+        product = scaled.inputs[0].producer() if scaled is not None and scaled.inputs[0] else None
+        assert product is not None
+        scales = product.inputs[3]
+        assert scales is not None
+        order = np.arange(scales.shape[0] if scales.shape else 0)
+        order[[4, 5]] = order[[5, 4]]
+        (swapped,) = builder.node("Gather", [scales, builder.constant(order)])
+        product.replace_input_with(3, swapped)
+    return out
+
+
+ROUNDED_BREAKAGES: dict[str, tuple[str, Breakage, str]] = {
+    "epsilon": BREAKAGES["epsilon"],
+    "silu": BREAKAGES["silu"],
+    "gelu": BREAKAGES["gelu"],
+    "one bias": ("aten.linear.default", linear_without_one_bias, "image_tokens"),
+    "two scales": ("aten.linear.default", linear_with_two_scales_swapped, "image_tokens"),
+    "norm": ("aten.layer_norm.default", layer_norm_epsilon, "image_tokens"),
+}
+
+
+@pytest.mark.parametrize(
+    "breakage",
+    [
+        "epsilon",
+        "gelu",
+        "two scales",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("silu", "one bias", "norm")),
+    ],
+)
 def test_rounded_activations_hide_no_wrong_lowering(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breakage: str
 ) -> None:
-    """Both are within what int4's bound allows: only the twin without rounding can tell."""
-    operator, broken, rung = BREAKAGES[breakage]
+    """Bounds with room for rounding may let these pass: the twin without rounding does not."""
+    operator, broken, rung = ROUNDED_BREAKAGES[breakage]
     monkeypatch.setitem(operators.TRANSLATIONS, operator, broken)
     with pytest.raises(VerifyError, match=f"rung '{rung}' failed"):
         export(CHECKPOINT, tmp_path / "b.lorg", Recipe(quant="int4"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rounding_that_is_too_coarse_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the twin cannot see, the bound of the graph that ships does."""
+    monkeypatch.setattr(integer_matmul, "LEAST_SCALE", 0.3)
+    with pytest.raises(VerifyError, match="rung 'image_tokens' failed"):
+        export(CHECKPOINT, tmp_path / "b.lorg", Recipe(quant="int8"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -164,9 +221,10 @@ def test_the_twin_is_not_shipped(tmp_path: Path) -> None:
     assert graphs == ["decoder.onnx", "token_embedding.onnx", "vision_encoder.onnx", "weights.bin"]
     assert set(files_of(bundle.path)) == {f.path for f in bundle.manifest.files} | {"manifest.json"}
     # What ships does round: its own error is far above that of float32.
-    assert ladder.rungs[3].error is not None
-    assert ladder.rungs[3].error > FLOAT_BOUND
-    assert bundle.manifest.golden.bounds.logits > FLOAT_BOUND
+    bounds = bundle.manifest.golden.bounds
+    for rung, bound in zip(ladder.rungs[2:4], (bounds.image_tokens, bounds.logits), strict=True):
+        assert rung.error is not None
+        assert FLOAT_BOUND < rung.error < bound < 0.1
 
 
 def test_a_bundle_is_not_replaced_by_one_that_is_wrong(
@@ -360,6 +418,9 @@ def test_golden_data_is_small_and_of_the_original(tmp_path: Path) -> None:
     assert [int(row.argmax()) for row in plain.logits] == list(greedy[: len(plain.logits)])
     assert plain.text.rounding_logits == plain.text.rounding_image_tokens == 0
     assert 0 < rounded.text.rounding_logits < 1
+    assert plain.text.rounding_activations == plain.text.rounding_activations_image_tokens == 0
+    assert 1e-3 < rounded.text.rounding_activations_image_tokens < 0.05
+    assert 1e-3 < rounded.text.rounding_activations < 0.05
     np.testing.assert_array_equal(plain.picture, golden_picture())
 
 

@@ -139,10 +139,10 @@ def test_stored_bytes_of_floats() -> None:
     [
         ("fp32", "decoder", 32, False),
         ("fp16", "vision_encoder", 16, False),
-        ("int8", "vision_encoder", 8, False),
+        ("int8", "vision_encoder", 8, True),
         ("int8", "decoder", 8, True),
         ("int8", "token_embedding", 8, True),
-        ("int4", "vision_encoder", 8, False),
+        ("int4", "vision_encoder", 8, True),
         ("int4", "decoder", 4, True),
         ("int4", "token_embedding", 4, True),
     ],
@@ -150,6 +150,18 @@ def test_stored_bytes_of_floats() -> None:
 def test_plans(plan: str, component: str, bits: int, rounded: bool) -> None:
     scheme = find_plan(plan).scheme_for(component, "layers.0.mlp.fc1.weight")
     assert (scheme.bits, scheme.activations != "float") == (bits, rounded)
+
+
+@pytest.mark.parametrize("plan", ["int8", "int4"])
+def test_vision_is_rounded_by_position_but_for_pixels_and_gates(plan: str) -> None:
+    def activations(parameter: str) -> str:
+        return find_plan(plan).scheme_for("vision_encoder", f"{parameter}.weight").activations
+
+    for name in ("tower.layers.11.attention.q_proj", "tower.layers.0.mlp.fc2", "projector.mlp.fc1"):
+        assert activations(name) == "int8_token"
+    assert activations("tower.embed.projection") == "float"
+    assert activations("projector.block1.gate.fc2") == "float"
+    assert activations("projector.block1.pointwise") == "int8_token"
 
 
 def test_unknown_plan_lists_the_known() -> None:
