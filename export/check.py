@@ -97,11 +97,13 @@ def bounds_for(plan: QuantPlan, golden: GoldenText) -> Bounds:
     with such, 1e-6 for image tokens and 4e-6 for logits; a margin of ten leaves no room for
     another GELU or another epsilon. What rounding activations costs depends on the weights (0.5 %
     of the logits where they are trained, up to 7 % where they are random), so the reference
-    measures it, and an engine, which may group activations in another way, gets three times that.
+    measures it. That is one draw: an engine, whose sums end in another order, rounds other values
+    to the next code, and on trained checkpoints came out up to 3.5 times as far. It gets five times
+    that and two per cent; what must hold more tightly is held by graphs that round nothing.
     """
 
     def bound(lost: float) -> float:
-        return 3 * lost + 0.01 if lost else FLOAT_BOUND
+        return 5 * lost + 0.02 if lost else FLOAT_BOUND
 
     return Bounds(
         image_tokens=bound(golden.rounding_activations_image_tokens),
