@@ -129,4 +129,4 @@ def test_committed_checkpoint_answers_held_out_pictures(family: Family) -> None:
     answer = transformers_answer(checkpoint.CHECKPOINTS / family.name)
     tally = score(answer, count=60, first=5000, exam=family.exam)
     right, asked = tally["all"]
-    assert right / asked >= 0.75, table(tally)
+    assert right / asked >= 0.85, table(tally)
