@@ -20,7 +20,7 @@ from lorgnette.runtime.preprocess import grid_for, prepare
 from lorgnette.runtime.prompt import ImagePart, Message, encode_prompt, image_slots
 from lorgnette.runtime.tokenizer import Tokenizer
 from lorgnette.runtime.verify import relative_error
-from lorgnette.spec import ModelSpec, Preprocess, PromptSpec
+from lorgnette.spec import ModelSpec, Preprocess, PromptSpec, TilePreprocess
 
 QUESTION = "What do you see?"
 GREEDY_TOKENS = 12
@@ -76,7 +76,10 @@ def golden_prompt(parts: Parts, picture: NDArray[np.uint8], question: str = QUES
             "context length is too small for a picture and a short question",
             got=context_length,
             wanted=f"{needed} or more",
-            hint="give a larger --context, or a smaller --max-tiles",
+            hint="give a larger --context"
+            + (
+                ", or a smaller --max-tiles" if isinstance(parts.preprocess, TilePreprocess) else ""
+            ),
         )
     return ids
 

@@ -42,6 +42,10 @@ class Checkpoint:
     """Tensor name to where it is read, and its name there."""
     _arrays: Mapping[str, Callable[[], Sequence[Any]]] = field(default_factory=dict, repr=False)
 
+    def place(self, name: str) -> Path:
+        """What an error calls a small file: the file that it was read out of, where that is one."""
+        return self.path if self.path.is_file() else self.path / name
+
     def data(self, name: str) -> bytes | None:
         """The bytes of a small file, None where it does not exist."""
         if name in self.files:
@@ -91,7 +95,7 @@ def open_files(path: str | Path) -> Checkpoint:
         CheckpointError: The directory, a file of it or a shard is missing, damaged or hostile.
     """
     root = Path(path)
-    if root.suffix == ".gguf" and not root.is_dir():
+    if root.suffix.lower() == ".gguf" and not root.is_dir():
         return _open_gguf(root)
     if not root.is_dir():
         raise CheckpointError(

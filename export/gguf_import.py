@@ -11,6 +11,7 @@ from typing import Any
 
 from lorgnette.errors import CheckpointError
 from lorgnette.export.checkpoint import Checkpoint
+from lorgnette.export.formats.gguf import Value
 
 QWEN2_NAMES = {
     "token_embd": "embed_tokens",
@@ -73,12 +74,18 @@ class GgufKeys:
         """A truth value; false where it is missing."""
         return self._value(key) is True
 
-    def integer(self, key: str) -> int:
-        """A number that must be there."""
+    def integer(self, key: str, *, most: int = 2**24) -> int:
+        """A positive number that must be there and be no larger than `most`."""
         value = self._value(key)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self._error(key, value, "an integer")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+            raise self._error(key, value, f"an integer from 1 to {most}")
         return value
+
+    def fixed(self, key: str, allowed: Value) -> None:
+        """A key that may be missing but must otherwise have this value."""
+        value = self._value(key)
+        if value is not None and value != allowed:
+            raise self._error(key, value, repr(allowed))
 
     def number(self, key: str, default: float) -> float:
         """A number, as the shortest decimals that give the stored float32."""
@@ -93,7 +100,8 @@ class GgufKeys:
         value = self._value(key)
         if value is None:
             return [default] * 3
-        if not isinstance(value, list | tuple) or len(value) != 3:
+        numbers = isinstance(value, list) and all(type(part) in (int, float) for part in value)
+        if not numbers or len(value) != 3:
             raise self._error(key, value, "three numbers")
         return [float(f"{part:.7g}") for part in value]
 
@@ -110,15 +118,22 @@ class GgufKeys:
 
 
 def qwen2_config(decoder: Checkpoint) -> dict[str, Any]:
-    """The keys of Qwen2's config.json that a language model's file gives."""
+    """The keys of Qwen2's config.json that a language model's file gives.
+
+    Raises:
+        CheckpointError: A key is missing or wrong, or asks for positions of another kind.
+    """
     keys = GgufKeys(decoder, "qwen2")
+    width, heads = keys.integer("embedding_length"), keys.integer("attention.head_count", most=1024)
+    keys.fixed("rope.scaling.type", "none")
+    keys.fixed("rope.dimension_count", width // heads)
     return {
         "model_type": "qwen2",
-        "hidden_size": keys.integer("embedding_length"),
+        "hidden_size": width,
         "intermediate_size": keys.integer("feed_forward_length"),
-        "num_hidden_layers": keys.integer("block_count"),
-        "num_attention_heads": keys.integer("attention.head_count"),
-        "num_key_value_heads": keys.integer("attention.head_count_kv"),
+        "num_hidden_layers": keys.integer("block_count", most=1024),
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.integer("attention.head_count_kv", most=1024),
         "max_position_embeddings": keys.integer("context_length"),
         "rope_theta": keys.number("rope.freq_base", 10000.0),
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon", 1e-6),
@@ -133,10 +148,10 @@ def siglip_config(tower: Checkpoint) -> dict[str, Any]:
         "model_type": "siglip_vision_model",
         "hidden_size": keys.integer("vision.embedding_length"),
         "intermediate_size": keys.integer("vision.feed_forward_length"),
-        "num_hidden_layers": keys.integer("vision.block_count"),
-        "num_attention_heads": keys.integer("vision.attention.head_count"),
-        "image_size": keys.integer("vision.image_size"),
-        "patch_size": keys.integer("vision.patch_size"),
+        "num_hidden_layers": keys.integer("vision.block_count", most=1024),
+        "num_attention_heads": keys.integer("vision.attention.head_count", most=1024),
+        "image_size": keys.integer("vision.image_size", most=8192),
+        "patch_size": keys.integer("vision.patch_size", most=1024),
         # The original program has it in its code and reads no key.
         "layer_norm_eps": 1e-6,
     }

@@ -212,7 +212,7 @@ def _context_length(spec: ModelSpec, recipe: Recipe) -> int:
 
 
 def _read_tokenizer(checkpoint: Checkpoint, tokenizer_json: bytes, spec: ModelSpec) -> Tokenizer:
-    path = checkpoint.path / "tokenizer.json"
+    path = checkpoint.place("tokenizer.json")
     tokenizer = Tokenizer.from_bytes(tokenizer_json, where=path)
     if tokenizer.vocab_size > spec.text.vocab_size:
         raise CheckpointError(

@@ -136,14 +136,14 @@ def read_stop_ids(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[int, ...]:
     for name, values in sources:
         value = values.get("eos_token_id")
         ids = value if isinstance(value, list) else [value] if value is not None else []
-        if ids and all(isinstance(i, int) and 0 <= i < spec.text.vocab_size for i in ids):
+        if ids and all(type(i) is int and 0 <= i < spec.text.vocab_size for i in ids):
             return tuple(sorted(set(ids)))
         if ids:
             raise ConfigError(
-                "eos_token_id is outside the vocabulary", where=checkpoint.path / name, got=value
+                "eos_token_id is outside the vocabulary", where=checkpoint.place(name), got=value
             )
     raise ConfigError(
-        "no eos_token_id, so no answer would end", where=checkpoint.path / "generation_config.json"
+        "no eos_token_id, so no answer would end", where=checkpoint.place("generation_config.json")
     )
 
 

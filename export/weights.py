@@ -190,7 +190,7 @@ def check_all_used(
     if unread:
         raise CheckpointError(
             f"{len(unread)} unknown tensor(s), first '{unread[0]}'",
-            where=checkpoint.path,
+            where=checkpoint.path / checkpoint.tensors[unread[0]].shard,
             hint="the checkpoint is not of the layout that its config names",
         )
 

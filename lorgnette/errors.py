@@ -7,6 +7,9 @@ EXIT_CHECK_FAILED = 1
 EXIT_WRONG_INPUT = 2
 EXIT_INTERRUPTED = 130
 
+MAX_PART = 400
+"""Characters of one part of an error's line: a damaged file can name things of megabytes."""
+
 
 class LorgnetteError(Exception):
     """Wrong input, told in one line: what failed, where, got, wanted, what to do.
@@ -36,17 +39,22 @@ class LorgnetteError(Exception):
         self.got = None if got is None else str(got)
         self.wanted = None if wanted is None else str(wanted)
         self.hint = hint
-        parts = [what]
+        parts = [_brief(what)]
         if where is not None:
             parts.append(f"in {where}")
         line = " ".join(parts)
         if got is not None:
-            line += f": got {got}"
+            line += f": got {_brief(got)}"
         if wanted is not None:
-            line += f"{',' if got is not None else ':'} wanted {wanted}"
+            line += f"{',' if got is not None else ':'} wanted {_brief(wanted)}"
         if hint is not None:
             line += f" ({hint})"
         super().__init__(" ".join(line.split()))
+
+
+def _brief(part: object) -> str:
+    text = str(part)
+    return text if len(text) <= MAX_PART else f"{text[:MAX_PART]}…"
 
 
 class CheckpointError(LorgnetteError):
@@ -67,6 +75,10 @@ class ImageError(LorgnetteError):
 
 class RequestError(LorgnetteError):
     """A generation request cannot be served: its arguments or its length are wrong."""
+
+
+class DatasetError(LorgnetteError):
+    """A file of questions, or the answers to it, is damaged or not of its format."""
 
 
 class MissingExtraError(LorgnetteError):

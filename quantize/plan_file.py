@@ -126,7 +126,7 @@ def build_plan(text: PlanText, where: str) -> QuantPlan:
 def check_rules(plan: QuantPlan, matrices: Sequence[Named]) -> None:
     """Checks that every matrix is selected by a rule, and that every rule decides about some.
 
-    Rules of the named plans may speak of parts that only some families have.
+    Named plans are for every family, so a rule of theirs may be for what this model has not.
 
     Raises:
         ConfigError: Naming the matrix, or the rule that is misspelt or comes too late.

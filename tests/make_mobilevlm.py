@@ -7,17 +7,17 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-import sentencepiece
 import torch
 
-from tests.helpers import GOLDEN, LINES, Config, DtypeName, random_weights, write_weights
+from tests.helpers import GOLDEN, Config, DtypeName, random_weights, write_weights
+from tests.projector_weights import ldp_shapes, ldpv2_shapes
+from tests.sentencepiece_files import train
 
 CONFIGS = GOLDEN / "configs" / "mobilevlm"
 CLIP_L_336: Config = {
@@ -42,7 +42,7 @@ TINY_CLIP: Config = {
     "layer_norm_eps": 1e-05,
     "projection_dim": 32,
 }
-TOWER = "model.vision_tower.vision_tower."
+TOWER, PROJECTOR = "model.vision_tower.vision_tower.", "model.mm_projector."
 Form = Literal["safetensors", "bin"]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -69,23 +69,7 @@ def tiny_config(projector: str = "ldpnetv2", **changes: object) -> Config:
 @lru_cache(maxsize=1)
 def sentencepiece_model() -> bytes:
     """A tokenizer.model of LLaMA's kind with about 400 pieces."""
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([line for text in LINES for line in text.split("\n")] * 4),
-        model_writer=out,
-        model_type="bpe",
-        vocab_size=400,
-        character_coverage=1.0,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        add_dummy_prefix=True,
-        remove_extra_whitespaces=False,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    return out.getvalue()
+    return train(split_by_unicode_script=True, vocab_size=400)
 
 
 def clip_shapes(clip: Mapping[str, Any]) -> Shapes:
@@ -117,38 +101,8 @@ def clip_shapes(clip: Mapping[str, Any]) -> Shapes:
 def projector_shapes(kind: str, vision: int, width: int) -> Shapes:
     """Every tensor of the projector, by the kinds of the published configs."""
     if kind == "ldpnetv2":
-        at = "model.mm_projector."
-        return {
-            f"{at}mlp.mlp.0.weight": (width, vision),
-            f"{at}mlp.mlp.0.bias": (width,),
-            f"{at}mlp.mlp.2.weight": (width, width),
-            f"{at}mlp.mlp.2.bias": (width,),
-            f"{at}peg.peg.0.weight": (width, 1, 3, 3),
-            f"{at}peg.peg.0.bias": (width,),
-        }
-    at = "model.mm_projector.model."
-    squeeze = max(8, (width // 4 + 4) // 8 * 8)
-    shapes: Shapes = {
-        f"{at}mlp.1.weight": (width, vision),
-        f"{at}mlp.1.bias": (width,),
-        f"{at}mlp.3.weight": (width, width),
-        f"{at}mlp.3.bias": (width,),
-    }
-    for i in (1, 2):
-        block = f"{at}mb_block.{i}.block."
-        shapes |= {
-            f"{block}0.0.weight": (width, 1, 3, 3),
-            f"{block}0.1.weight": (width,),
-            f"{block}0.1.bias": (width,),
-            f"{block}1.fc1.weight": (squeeze, width, 1, 1),
-            f"{block}1.fc1.bias": (squeeze,),
-            f"{block}1.fc2.weight": (width, squeeze, 1, 1),
-            f"{block}1.fc2.bias": (width,),
-            f"{block}2.0.weight": (width, width, 1, 1),
-            f"{block}2.1.weight": (width,),
-            f"{block}2.1.bias": (width,),
-        }
-    return shapes
+        return ldpv2_shapes(PROJECTOR, vision, width)
+    return ldp_shapes(PROJECTOR, vision, width, max(8, (width // 4 + 4) // 8 * 8))
 
 
 def published_shapes(config: Mapping[str, Any], clip: Mapping[str, Any]) -> Shapes:

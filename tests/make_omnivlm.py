@@ -27,6 +27,7 @@ from tokenizers import (
 )
 
 from tests.helpers import GOLDEN, LINES, Config, DtypeName, random_weights, write_weights
+from tests.projector_weights import concat_shapes
 
 CONFIGS = GOLDEN / "configs" / "omnivlm"
 TOWER, PROJECTOR = "vision_tower.vision_model.", "multi_modal_projector."
@@ -126,8 +127,7 @@ def published_shapes(config: Mapping[str, Any], *, pooling_head: bool = True) ->
         head = f"{TOWER}head."
         shapes |= {f"{head}probe": (1, 1, eye)} | norm(f"{head}layernorm")
     hidden, width = config["projector_hidden_size"], text["hidden_size"]
-    shapes |= biased(f"{PROJECTOR}0", hidden, eye * config["projector_group"])
-    shapes |= biased(f"{PROJECTOR}2", width, hidden)
+    shapes |= concat_shapes(PROJECTOR, eye, config["projector_group"], hidden, width)
     return shapes | _decoder_shapes(config)
 
 

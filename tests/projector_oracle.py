@@ -91,4 +91,4 @@ def _linear(tensors: Mapping[str, Tensor], at: str, x: Tensor) -> Tensor:
 def _as_map(x: Tensor) -> Tensor:
     """[B, N, C] as [B, C, S, S]."""
     side = math.isqrt(x.shape[1])
-    return x.transpose(1, 2).unflatten(2, (side, side))
+    return x.transpose(1, 2).reshape(len(x), -1, side, side)

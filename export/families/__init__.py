@@ -85,10 +85,17 @@ def _find_pair(path: Path, vision: Path | None) -> tuple[Path, Path | None]:
             )
         if decoders:
             path = decoders[0]
-    if path.suffix.lower() != GGUF_SUFFIX or vision is not None:
+    if path.suffix.lower() != GGUF_SUFFIX or vision is not None or not path.exists():
         return path, vision
+    if _is_mmproj(path):
+        raise CheckpointError(
+            "this file is a vision tower, by its name",
+            where=path,
+            wanted="the file of the language model",
+            hint="name both: the language model, and this one with --vision",
+        )
     towers = sorted(file for file in path.parent.glob(f"*{GGUF_SUFFIX}") if _is_mmproj(file))
-    if len(towers) != 1 or path == towers[0]:
+    if len(towers) != 1:
         raise CheckpointError(
             "a GGUF language model needs the file of its vision tower",
             where=path,

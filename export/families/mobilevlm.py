@@ -209,7 +209,7 @@ def _tower_config(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
     name = str(checkpoint.config.get("mm_vision_tower"))
     if name in PRESETS:
         return PRESETS[name], f"preset {name}"
-    inside = re.fullmatch(r"\w[\w-]*", name)
+    inside = re.fullmatch(r"\w[\w-]{0,60}", name)  # longer ones are no name on some systems
     values = checkpoint.json(f"{name}/config.json") if inside else None
     if values is None:
         raise ConfigError(

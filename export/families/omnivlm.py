@@ -124,7 +124,7 @@ def _gguf_config(decoder: Checkpoint, tower: Checkpoint) -> dict[str, Any]:
             got=projected,
             wanted=f"{text['hidden_size']}, the embedding length of {decoder.path.name}",
         )
-    if vision["hidden_size"] < 1 or joined % vision["hidden_size"]:
+    if joined % vision["hidden_size"]:
         raise CheckpointError(
             "columns of mm.0.weight are no multiple of the tower's width",
             where=tower.path,
@@ -144,7 +144,7 @@ def _gguf_config(decoder: Checkpoint, tower: Checkpoint) -> dict[str, Any]:
 
 def parse(checkpoint: Checkpoint) -> ModelSpec:
     """Reads config.json of the normal form; a missing key means the transformers default."""
-    config = ConfigReader(checkpoint.config, str(checkpoint.path / "config.json"))
+    config = ConfigReader(checkpoint.config, str(checkpoint.place("config.json")))
     model_type = config.choice("model_type", *MODEL_TYPES)
     vision_config = config.section("vision_config")
     vision_config.fixed("model_type", "siglip_vision_model")
@@ -200,7 +200,7 @@ def parse(checkpoint: Checkpoint) -> ModelSpec:
 def preprocess(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> Preprocess:
     """The picture stretched to a square; preprocessor_config.json may name other numbers."""
     name = "preprocessor_config.json"
-    config = ConfigReader(checkpoint.json(name) or {}, str(checkpoint.path / name))
+    config = ConfigReader(checkpoint.json(name) or {}, str(checkpoint.place(name)))
     config.ignore(
         {
             "image_processor_type": "names a class",

@@ -103,4 +103,4 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
         run = "runs here" if entry["can_run"] else entry["no_run_reason"]
         return entry["name"], entry["summary"], lower, run
     targets = f"targets: {', '.join(entry['targets'])}"
-    return entry["name"], "; ".join(entry["rules"]), targets
+    return entry["name"], targets, "; ".join(entry["rules"])

@@ -9,6 +9,7 @@ import click
 
 import lorgnette
 from lorgnette.cli.doctor import doctor
+from lorgnette.cli.evaluate import evaluate
 from lorgnette.cli.export import export
 from lorgnette.cli.inspect import inspect
 from lorgnette.cli.list import list_known
@@ -27,7 +28,7 @@ def cli() -> None:
     """
 
 
-for command in (export, run, verify, inspect, list_known, doctor):
+for command in (export, run, evaluate, verify, inspect, list_known, doctor):
     cli.add_command(command)
 
 

@@ -30,6 +30,7 @@ from lorgnette.recipe import Recipe
 from lorgnette.runtime.golden import Golden, GoldenText, read_golden, write_golden
 from lorgnette.runtime.model import open_model
 from lorgnette.runtime.preprocess import prepare
+from lorgnette.runtime.verify import relative_error
 from lorgnette.spec import VisionSpec
 from tests.eager import Eager
 from tests.family_cases import CASES, Made, Pixels, picture
@@ -45,7 +46,7 @@ SIZES = [(1, 1), (300, 7), (9, 200), (64, 48), (48, 48), (90, 91)]
 QUICK = {
     "mobilevlm-v1": ("fp32", "int4"),
     "mobilevlm-v2": ("fp32", "fp16", "int8", "int4"),
-    "omnivlm": ("fp32", "fp16", "int8", "int4"),
+    "omnivlm": ("fp32", "int8", "int4"),
     "nano-vlm-instruct": ("fp32", "int8"),
     "omnivlm-gguf-F16": ("fp32", "fp16"),
     "omnivlm-gguf-Q8_0": ("fp32", "int4"),
@@ -109,14 +110,21 @@ def test_a_bundle_of_every_scheme_records_what_the_oracle_says(
     golden, oracle = read_golden(model.bundle), this.oracle
     ids, tile = this.case.ids(QUESTION), this.case.tile(golden_picture())
     assert list(golden.text.prompt_ids) == ids
-    assert list(golden.text.original_greedy_ids) == until_stop(this, ids, tile, GREEDY_TOKENS)
-    image_tokens, logits = oracle.encode(tile), oracle.logits(ids, tile)[-1]
-    moved = {"fp32": 0.0, "fp16": 0.002, "int8": 0.05, "int4": 0.5}[scheme]
-    assert worst(golden.image_tokens, image_tokens) <= TOLERANCE + min(moved, 0.1)
-    assert worst(model.engine.encode(tile), image_tokens) <= TOLERANCE + min(moved, 0.1)
-    assert worst(golden.logits[0], logits) <= TOLERANCE + moved
-    if scheme == "fp32":
-        assert golden.text.rounding_logits == golden.text.rounding_image_tokens == 0
+    greedy = until_stop(this, ids, tile, GREEDY_TOKENS)
+    assert list(golden.text.original_greedy_ids) == greedy
+    steps = len(golden.logits)
+    image_tokens = oracle.encode(tile).numpy()
+    logits = oracle.logits(ids + greedy[: steps - 1], tile)[-steps:].numpy()
+    # How far rounding moved the model away from the original is recorded, and is so far.
+    for got, wanted, recorded in (
+        (golden.image_tokens, image_tokens, golden.text.rounding_image_tokens),
+        (golden.logits, logits, golden.text.rounding_logits),
+    ):
+        assert relative_error(got, wanted) == pytest.approx(recorded, abs=TOLERANCE)
+        # Random weights are hurt most; ones stored in half precision lose nothing to fp16.
+        assert recorded <= {"fp32": 0.0, "fp16": 0.005, "int8": 0.1, "int4": 1.0}[scheme]
+    got = model.engine.encode(tile)
+    assert relative_error(got, golden.image_tokens) <= TOLERANCE
     kernels = [] if scheme == "fp32" else KERNELS.get(name, [])
     kept = {n: r for entry in model.manifest.components for n, r in entry.kept_in_float.items()}
     assert list(kept) == kernels

@@ -271,9 +271,9 @@ def test_published_sizes_are_told_before_a_weight_is_read(published: dict[str, P
 # run
 
 
-def oracle_answer(made: Made, count: int) -> list[int]:
+def oracle_answer(made: Made, count: int, ids: list[int] | None = None) -> list[int]:
     tile = made.case.tile(picture(70, 40))
-    answer = made.oracle.greedy(made.case.ids(QUESTION), tile, count)
+    answer = made.oracle.greedy(ids or made.case.ids(QUESTION), tile, count)
     ends = [at + 1 for at, token in enumerate(answer) if token in made.case.stops]
     return answer[: min(ends, default=count)]
 
@@ -292,6 +292,25 @@ def test_the_answer_is_the_oracles(request: pytest.FixtureRequest, image: Path, 
     assert plain.stdout == told["text"] + "\n"
     words = call("run", made.bundle("fp32"), "--prompt", QUESTION, "--max-new-tokens", 3)
     assert words.exit_code == 0
+
+
+def test_the_ocr_task_is_a_request_of_omnivlm_alone(mobile: Made, pair: Made, image: Path) -> None:
+    asked = ("--image", image, "--task", "ocr", "--max-new-tokens", 12)
+    told = document("run", pair.bundle("fp32"), *asked)
+    text = (
+        "<|im_start|>system\nYou are Nano-Omni-VLM, created by Nexa AI. You are a helpful "
+        "assistant.<|im_end|>\n<|im_start|>user\n <|ocr_start|><|vision_start|>"
+        + "<|image_pad|>" * 9
+        + "<|vision_end|><|ocr_end|><|im_end|>"
+    )
+    ids = omnivlm.qwen2_tokenizer().encode(text, add_special_tokens=False).ids
+    assert told["prompt_tokens"] == len(ids)
+    assert told["token_ids"] == oracle_answer(pair, 12, ids)
+    result = call("run", mobile.bundle("fp32"), *asked)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
 
 
 # verify

@@ -43,6 +43,7 @@ ASPECTS: dict[str, tuple[float, ...]] = {
     "wide": (1.5, 2.0, 2.5, 3.0),
     "tall": (1 / 1.5, 1 / 2.0, 1 / 2.5, 1 / 3.0),
 }
+WIDEST = 3.0
 
 Box = tuple[float, float, float, float]
 Point = tuple[float, float]
@@ -114,16 +115,17 @@ def polygon(shape: str, box: Box) -> list[Point]:
     return [(left + x * (right - left), top + y * (bottom - top)) for x, y in unit]
 
 
-def draw_scene(rng: Rng, content: Content) -> Scene:
+def draw_scene(rng: Rng, content: Content, widest: float = WIDEST) -> Scene:
     """Lay out and draw one picture.
 
     Args:
         rng: Source of every choice; equal states give equal pixels.
         content: What the picture holds. A crowd is three or four shapes and a page is full of
             text; both are for training alone.
+        widest: Largest ratio of the longer to the shorter side.
     """
     aspect = str(rng.choice(list(ASPECTS), p=[0.34, 0.36, 0.30]))
-    ratio = float(rng.choice(ASPECTS[aspect]))
+    ratio = float(rng.choice([r for r in ASPECTS[aspect] if max(r, 1 / r) <= widest]))
     longest = int(rng.integers(CANVAS, 2 * CANVAS + 1))
     width, height = (
         (longest, round(longest / ratio)) if ratio >= 1 else (round(longest * ratio), longest)

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import SmolVLMForConditionalGeneration
 
 from tests.zoo import checkpoint
-from tests.zoo.questions import HELD_OUT, draw_sample
-from tests.zoo.tiles import split
-from tests.zoo.tokenizer import END, prompt_text
+from tests.zoo.families import family_of
+from tests.zoo.oracle import oracle
+from tests.zoo.questions import FULL, HELD_OUT, Exam, draw_sample
 
 Answer = Callable[[Image.Image, str], str]
 """Whatever is to be scored: a picture and a question in, the answer's text out."""
@@ -23,13 +22,16 @@ Tally = dict[str, tuple[int, int]]
 """Right and asked, by name."""
 
 
-def score(answer: Answer, count: int, first: int = 0, *, verbose: bool = False) -> Tally:
+def score(
+    answer: Answer, count: int, first: int = 0, *, exam: Exam = FULL, verbose: bool = False
+) -> Tally:
     """Ask `count` held-out questions and count the answers that match exactly.
 
     Args:
         answer: Called once a question; surrounding white space of its answer does not count.
-        count: How many; kinds take turns, so a multiple of six asks each equally often.
+        count: How many; kinds take turns, so a multiple of their number asks each equally often.
         first: Number of the first held-out picture.
+        exam: Which questions and pictures; that of a checkpoint is `family_of(path).exam`.
         verbose: Print every wrong answer.
 
     Returns:
@@ -37,7 +39,7 @@ def score(answer: Answer, count: int, first: int = 0, *, verbose: bool = False) 
     """
     tally: Tally = {}
     for index in range(first, first + count):
-        sample = draw_sample(HELD_OUT, index)
+        sample = draw_sample(HELD_OUT, index, exam)
         question = sample.question
         got = answer(sample.scene.image, question.text).strip()
         right = got == question.answer
@@ -61,30 +63,14 @@ def table(tally: Tally) -> str:
 
 def transformers_answer(path: Path, max_new_tokens: int = 12) -> Answer:
     """Greedy answers of a checkpoint directory through transformers, in fp32."""
-    config, _, tokenizer = checkpoint.read(path)
-    model = SmolVLMForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
-    model.eval()  # type: ignore[no-untyped-call]
-    tile = config["vision_config"]["image_size"]
-    longest = config["vision_config"]["size"]["longest_edge"]
-    end = tokenizer.token_to_id(END)
+    family, config, weights, tokens = checkpoint.read(path)
+    model, end = oracle(config, weights), family.end_id(tokens)
 
     def answer(picture: Image.Image, question: str) -> str:
-        tiles, rows, cols = split(picture, tile, longest)
-        prompt = prompt_text(question, rows, cols, checkpoint.tokens_per_tile(config))
-        ids = torch.tensor([tokenizer.encode(prompt).ids])
-        pixels = torch.from_numpy(tiles).permute(0, 3, 1, 2)[None].float() / 127.5 - 1
-        with torch.no_grad():
-            out = model.generate(  # type: ignore[misc]
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                pixel_values=pixels,
-                pixel_attention_mask=torch.ones(pixels[:, :, 0].shape, dtype=torch.bool),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=end,
-                pad_token_id=2,
-            )
-        return str(tokenizer.decode(out[0, ids.shape[1] :].tolist(), skip_special_tokens=True))
+        pixels = family.pixels(picture)
+        ids = family.prefix(tokens, config, pixels.grid) + family.asked(tokens, question)
+        written = [*model.greedy(ids, pixels, max_new_tokens), end]
+        return family.answer_text(tokens, written[: written.index(end)])
 
     return answer
 
@@ -101,7 +87,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     began = time.monotonic()
     answer = transformers_answer(arguments.checkpoint)
-    print(table(score(answer, arguments.count, arguments.first, verbose=arguments.verbose)))
+    exam = family_of(arguments.checkpoint).exam
+    count, first, verbose = arguments.count, arguments.first, arguments.verbose
+    print(table(score(answer, count, first, exam=exam, verbose=verbose)))
     print(f"{time.monotonic() - began:.0f} s, pictures from {arguments.first}")
 
 

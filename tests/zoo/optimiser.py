@@ -19,7 +19,12 @@ class Rates:
     vision: float = 1.0
 
 
-_OUTER = ("embed_tokens", "position_embedding", "patch_embedding", "lm_head", "head.")
+_OUTER = ("embed_tokens", "position_embedding", "patch_embedding", "head.")
+
+
+def is_eye(name: str) -> bool:
+    """Whether a tensor is part of the vision transformer or of the projector."""
+    return any(part in name for part in ("vision_model.", "connector.", "projector."))
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -61,8 +66,7 @@ class Optimiser:
         self.adam = torch.optim.AdamW(rest, lr=rates.adam, betas=(0.9, 0.98), weight_decay=0.01)
 
     def _factor(self, name: str) -> float:
-        eye = "vision_model" in name or "connector" in name
-        return self.rates.vision if eye else 1.0
+        return self.rates.vision if is_eye(name) else 1.0
 
     @torch.no_grad()
     def step(self, scale: float) -> None:

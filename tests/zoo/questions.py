@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tests.zoo.draw import COLOURS, SHAPES, Content, Item, Rng, Scene, draw_scene
+from tests.zoo.draw import COLOURS, SHAPES, WIDEST, Content, Item, Rng, Scene, draw_scene
 
 KINDS = ("colour", "shape", "position", "count", "exists", "read")
 NUMBERS = ("Zero.", "One.", "Two.", "Three.", "Four.")
@@ -55,6 +55,18 @@ PHRASES: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
+class Exam:
+    """What a checkpoint is asked: the kinds of questions and the shapes of the pictures."""
+
+    kinds: tuple[str, ...] = KINDS
+    widest: float = WIDEST
+    """Largest ratio of the longer to the shorter side."""
+
+
+FULL = Exam()
+
+
+@dataclass(frozen=True)
 class Question:
     """One question of a kind in `KINDS`, and the answer counted as right."""
 
@@ -100,17 +112,18 @@ def phrase(kind: str, which: int, subject: str) -> str:
     return template.format(subject)
 
 
-def draw_sample(split: int, index: int) -> Sample:
+def draw_sample(split: int, index: int, exam: Exam = FULL) -> Sample:
     """The picture and question number `index` of a split; kinds take turns.
 
     Args:
         split: `TRAIN` or `HELD_OUT`.
         index: Any non-negative number; no two give the same random stream.
+        exam: Which kinds, and pictures of which shapes; one exam gives a number one sample.
     """
     rng = np.random.default_rng([split, index])
-    kind = KINDS[index % len(KINDS)]
+    kind = exam.kinds[index % len(exam.kinds)]
     while True:
-        scene = draw_scene(rng, content_for(kind, rng))
+        scene = draw_scene(rng, content_for(kind, rng), exam.widest)
         question = ask(scene, kind, rng)
         if question is not None:
             return Sample(scene, question)

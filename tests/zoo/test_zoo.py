@@ -13,22 +13,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer, SmolVLMConfig, SmolVLMForConditionalGeneration
+from transformers import AutoTokenizer, SmolVLMForConditionalGeneration
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from tests.zoo import checkpoint
-from tests.zoo.batches import batches, patch_labels
 from tests.zoo.draw import CHARACTERS, COLOURS, SHAPES
-from tests.zoo.evaluate import score, table, transformers_answer
-from tests.zoo.model import decode, encode_patches, init_params, param_shapes, project
+from tests.zoo.evaluate import score
+from tests.zoo.families.smolvlm import LONGEST_EDGE, TILE, SmolVLM, prefix_text, question_text
 from tests.zoo.optimiser import orthogonalise
 from tests.zoo.questions import HELD_OUT, KINDS, TRAIN, draw_sample
 from tests.zoo.tiles import split
-from tests.zoo.tokenizer import prompt_text, train_tokenizer
 
-TINY = Path(__file__).parent / "checkpoints" / "smolvlm-tiny"
+SMOL = SmolVLM()
+TINY = checkpoint.CHECKPOINTS / "smolvlm-tiny"
 
 
 @lru_cache(maxsize=1)
@@ -74,16 +72,16 @@ def test_a_shape_has_its_named_colour_in_the_pixels(index: int) -> None:
 @given(st.integers(0, 10**6))
 def test_patch_labels_name_what_is_there(index: int) -> None:
     scene = draw_sample(HELD_OUT, index).scene
-    tiles, rows, cols = split(scene.image, checkpoint.TILE, checkpoint.LONGEST_EDGE)
-    labels = patch_labels(scene, rows, cols)
-    assert labels.shape == (len(tiles), 64, 6)
-    assert labels[0, [0, 9, 63], 4:].tolist() == [[0, 0], [1, 1], [7, 7]]
+    pixels = SMOL.pixels(scene.image)
+    labels = SMOL.patch_labels(scene, pixels)
+    assert labels.shape == (len(pixels.values), 16, 4, 6)
+    assert labels[0, [0, 0, 15], [0, 3, 3], 4:].tolist() == [[0, 0], [1, 1], [7, 7]]
     assert set(labels[..., 0][labels[..., 0] > 0]) == {
         SHAPES.index(s.shape) + 1 for s in scene.shapes
     }
-    assert (labels[:-1, :, 3] == 1).sum() == len(scene.shapes)
+    assert (labels[:-1, ..., 3] == 1).sum() == len(scene.shapes)
     text = "".join(item.text for item in scene.texts)
-    named = labels[:-1, :, 2]
+    named = labels[:-1, ..., 2]
     assert {CHARACTERS[i - 1] for i in named[named > 0]} <= set(text)
 
 
@@ -97,22 +95,15 @@ def test_every_kind_is_asked_equally_often() -> None:
 def test_tiles_equal_the_reference_processor(width: int, height: int) -> None:
     rng = np.random.default_rng(width * 1000 + height)
     picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
-    tiles, rows, cols = split(picture, checkpoint.TILE, checkpoint.LONGEST_EDGE)
+    tiles, rows, cols = split(picture, TILE, LONGEST_EDGE)
     out = processor().image_processor(picture, return_tensors="np", return_row_col_info=True)
     pixels = np.rint((out["pixel_values"][0] * 0.5 + 0.5) * 255).astype(np.uint8)
     assert np.array_equal(tiles, pixels.transpose(0, 2, 3, 1))
     assert ([[rows]], [[cols]]) == (out["rows"], out["cols"])
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.text(max_size=40))
-def test_tokenizer_gives_back_any_text(text: str) -> None:
-    tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
-    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
-
-
 def test_committed_tokenizer_is_the_trained_one() -> None:
-    tokenizer = train_tokenizer()
+    tokenizer = SMOL.train_tokenizer().inner
     committed = (TINY / "tokenizer.json").read_text(encoding="utf-8")
     assert json.loads(tokenizer.to_str()) == json.loads(committed)
     firsts = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -124,7 +115,7 @@ def test_committed_tokenizer_is_the_trained_one() -> None:
 
 
 def test_characters_never_merge_with_each_other() -> None:
-    tokenizer = train_tokenizer()
+    tokenizer = SMOL.train_tokenizer().inner
     for first in CHARACTERS:
         for second in CHARACTERS:
             tokens = tokenizer.encode(f"0{first}{second}.").tokens
@@ -138,43 +129,12 @@ def test_prompt_equals_the_reference_processor(index: int) -> None:
     messages: list[Any] = [{"role": "user", "content": [{"type": "image"}, text]}]
     template = processor().apply_chat_template(messages, add_generation_prompt=True)
     wanted = processor()(text=template, images=[sample.scene.image], return_tensors="np")
-    _, rows, cols = split(sample.scene.image, checkpoint.TILE, checkpoint.LONGEST_EDGE)
-    prompt = prompt_text(sample.question.text, rows, cols, 16)
+    _, rows, cols = split(sample.scene.image, TILE, LONGEST_EDGE)
+    prompt = prefix_text(rows, cols, 16) + question_text(sample.question.text)
     assert prompt == processor().tokenizer.decode(wanted["input_ids"][0])
-    assert train_tokenizer().encode(prompt).ids == wanted["input_ids"][0].tolist()
-
-
-def test_packed_forward_equals_transformers_question_by_question() -> None:
-    torch.set_num_threads(1)
-    tokenizer = train_tokenizer()
-    config = checkpoint.tiny_config(tokenizer)
-    params = init_params(config, 3)
-    oracle = SmolVLMForConditionalGeneration(SmolVLMConfig(**config))
-    oracle.load_state_dict(params)
-    oracle.eval()  # type: ignore[no-untyped-call]
-    batch = next(batches(config, tokenizer, [HELD_OUT, 5], tiles=5, questions=3))
-    with torch.no_grad():
-        tokens = project(params, config, encode_patches(params, config, batch.tiles))
-        x = params["model.text_model.embed_tokens.weight"][batch.ids]
-        x = x.masked_scatter((batch.ids == config["image_token_id"])[..., None], tokens)
-        hidden = decode(params, config, x, batch.positions, batch.mask)
-        got = (hidden @ params["lm_head.weight"].T)[0]
-        pixels = batch.tiles[: len(batch.tiles) // len(batch.ids)].permute(0, 3, 1, 2)[None]
-        seen = batch.mask[0, 0] == 0
-        # The last position of a question is one that the next position cannot see.
-        length = len(got)
-        ends = [t for t in range(length) if t == length - 1 or not seen[t + 1, t]]
-        for end in ends:
-            rows = seen[end].nonzero()[:, 0]
-            ids = batch.ids[:1, rows]
-            wanted = oracle(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                pixel_values=pixels.float() / 127.5 - 1,
-                pixel_attention_mask=torch.ones(1, pixels.shape[1], 64, 64, dtype=torch.bool),
-            ).logits[0]
-            torch.testing.assert_close(got[rows], wanted, atol=1e-4, rtol=1e-4)
-    assert len(ends) >= 2
+    tokens, config = SMOL.train_tokenizer(), SMOL.config(SMOL.train_tokenizer())
+    ids = SMOL.prefix(tokens, config, (rows, cols)) + SMOL.asked(tokens, sample.question.text)
+    assert ids == wanted["input_ids"][0].tolist()
 
 
 def test_orthogonalise_brings_singular_values_near_one() -> None:
@@ -184,24 +144,11 @@ def test_orthogonalise_brings_singular_values_near_one() -> None:
     assert values.max() < 1.3
 
 
-def test_committed_checkpoint_has_the_published_layout() -> None:
-    config, weights, tokenizer = checkpoint.read(TINY)
-    assert config == checkpoint.tiny_config(tokenizer)
-    assert {n: tuple(w.shape) for n, w in weights.items()} == param_shapes(config)
-    for name, content in checkpoint.other_files(config, tokenizer).items():
-        assert json.loads((TINY / name).read_text(encoding="utf-8")) == content
+def test_committed_checkpoint_loads_as_published() -> None:
+    _, _, weights, _ = checkpoint.read(TINY)
     model = SmolVLMForConditionalGeneration.from_pretrained(TINY)
     assert set(model.state_dict()) == set(weights)
     assert {p.dtype for p in model.parameters()} == {torch.float16}
-    columns = {w.shape[1] for n, w in weights.items() if w.ndim == 2 and "embed" not in n}
-    assert all(width % 32 == 0 for width in columns)
-
-
-def test_committed_checkpoint_answers_held_out_pictures() -> None:
-    torch.set_num_threads(1)
-    tally = score(transformers_answer(TINY), count=120, first=5000)
-    right, asked = tally["all"]
-    assert right / asked >= 0.9, table(tally)
 
 
 def test_scoring_counts_by_kind_and_aspect() -> None:

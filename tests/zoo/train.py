@@ -17,15 +17,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from tests.zoo import checkpoint
-from tests.zoo.batches import HEADS, Batch, batches
-from tests.zoo.model import Params, decode, encode_patches, init_params, project
-from tests.zoo.optimiser import Optimiser, Rates
-from tests.zoo.questions import TRAIN
-from tests.zoo.tokenizer import train_tokenizer
+from tests.zoo.batches import Batch, batches
+from tests.zoo.families import FAMILIES
+from tests.zoo.families.base import Family
+from tests.zoo.labels import classes
+from tests.zoo.model import Config, Params, init_params
+from tests.zoo.optimiser import Optimiser, Rates, is_eye
+from tests.zoo.questions import TRAIN, draw_sample
 
 STAGES = {
     "warmup": Rates(muon=0.02, adam=3e-3),
@@ -42,7 +45,7 @@ where the head is new and would otherwise pull the vision transformer about.
 
 @dataclass(frozen=True)
 class Plan:
-    """What to train and for how long; `tiles` and `questions` are for each worker and step."""
+    """What to train and for how long; `images` and `questions` are for each worker and step."""
 
     out: Path
     start: Path | None
@@ -50,29 +53,32 @@ class Plan:
     head: int
     decoder: int
     together: int
-    tiles: int
+    images: int
     questions: int
     workers: int
     seed: int
+    pace: float
+    family: str
+    head_file: Path | None
 
 
 def patch_loss(
-    params: Params, config: checkpoint.Config, batch: Batch, tokens: Tensor
+    family: Family, params: Params, batch: Batch, tokens: Tensor
 ) -> tuple[Tensor, Tensor]:
     """How well the image tokens tell what each of their patches shows.
 
     Returns:
-        The loss, and the share of patches named rightly for each of `HEADS`, empty ones aside.
+        The loss, and the share of patches named rightly for each kind of label, empty ones aside.
     """
-    labels = _by_token(batch.labels, config["scale_factor"])
+    counts = [classes(kind, family.side) for kind in family.label_kinds]
     logits = F.linear(tokens, params["head.weight"], params["head.bias"])
-    logits = logits.view(*labels.shape[:3], sum(HEADS))
+    logits = logits.view(*batch.labels.shape[:3], sum(counts))
     loss, scores = torch.zeros(()), []
-    for i, part in enumerate(torch.split(logits, list(HEADS), -1)):
-        target = labels[..., i].flatten()
-        weight = torch.ones(HEADS[i])
+    for i, part in enumerate(torch.split(logits, counts, -1)):
+        target = batch.labels[..., i].flatten()
+        weight = torch.ones(counts[i])
         # Nearly every patch is empty of characters and middles: keep that from drowning the rest.
-        weight[0] = 0.1 if i in (2, 3) else 1.0
+        weight[0] = 0.1 if family.label_kinds[i] in ("character", "middle") else 1.0
         loss = loss + F.cross_entropy(part.flatten(0, 2), target, weight, ignore_index=-100)
         right = (part.flatten(0, 2).argmax(-1) == target)[target > 0]
         scores.append(right.float().mean())
@@ -80,59 +86,52 @@ def patch_loss(
 
 
 def answer_loss(
-    params: Params, config: checkpoint.Config, batch: Batch, tokens: Tensor
+    family: Family, params: Params, config: Config, batch: Batch, tokens: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of the answer tokens.
 
     Returns:
         The loss, and the share of answer tokens that come first.
     """
-    x = F.embedding(batch.ids, params["model.text_model.embed_tokens.weight"])
-    at = batch.ids == config["image_token_id"]
+    at = batch.ids == family.image_id(config)
+    x = F.embedding(batch.ids.masked_fill(at, 0), params[family.embedding()])
     x = x.masked_scatter(at[..., None], tokens)
-    hidden = decode(params, config, x, batch.positions, batch.mask)
+    hidden = family.decode(params, config, x, batch.positions, batch.mask)
     asked = batch.targets >= 0
-    logits = F.linear(hidden[asked], params["lm_head.weight"])
+    logits = F.linear(hidden[asked], params[family.head()])
     target = batch.targets[asked]
     loss = F.cross_entropy(logits, target)
     return loss, (logits.argmax(-1) == target).float().mean()[None]
 
 
 def stage_loss(
-    name: str, params: Params, config: checkpoint.Config, batch: Batch
+    name: str, family: Family, params: Params, config: Config, batch: Batch
 ) -> tuple[Tensor, Tensor]:
     """The loss of a stage and the shares to log: of answers, where asked, then of patches."""
     with torch.set_grad_enabled(name in ("warmup", "together")):
-        tokens = project(params, config, encode_patches(params, config, batch.tiles))
-    loss, shares = patch_loss(params, config, batch, tokens)
+        tokens = family.image_tokens(params, config, batch.pixels)
+    loss, shares = patch_loss(family, params, batch, tokens)
     if name in ("warmup", "head"):
         return loss, shares
-    answers, right = answer_loss(params, config, batch, tokens)
+    answers, right = answer_loss(family, params, config, batch, tokens)
     return answers + 0.2 * loss, torch.cat([right, shares])
 
 
 @torch.no_grad()
-def balance(params: Params, config: checkpoint.Config, batch: Batch) -> None:
+def balance(family: Family, params: Params, config: Config, batch: Batch) -> None:
     """Scale the projector so that image tokens are of the size of word embeddings.
 
     The warm-up lets them grow more than tenfold; what the decoder's layers add would drown.
     """
-    tokens = project(params, config, encode_patches(params, config, batch.tiles))
-    factor = 0.6 / tokens.std()
-    params["model.connector.modality_projection.proj.weight"] *= factor
+    factor = 0.6 / family.image_tokens(params, config, batch.pixels).std()
+    for name in family.outputs:
+        params[name] *= factor
     params["head.weight"] /= factor
 
 
 def rate_scale(step: int, steps: int) -> float:
     """Short rise, long plateau, then a straight line to zero over the last 60 per cent."""
     return min(1.0, (step + 1) / 30, (steps - step) / (0.6 * steps))
-
-
-def _by_token(labels: Tensor, scale: int) -> Tensor:
-    """Labels [B, P, 4] as [B, N, scale * scale, 4], in the order of the pixel shuffle."""
-    grid = round(labels.shape[1] ** 0.5)
-    x = labels.view(-1, grid // scale, scale, grid // scale, scale, labels.shape[-1])
-    return x.transpose(2, 3).reshape(len(labels), -1, scale * scale, labels.shape[-1])
 
 
 def _share(params: Params) -> None:
@@ -147,34 +146,36 @@ def _share(params: Params) -> None:
         param.grad = chunk.view_as(param)
 
 
-def _trained(name: str, params: Params) -> Params:
-    """The parameters that a stage changes."""
-    idle = {
-        "warmup": ("lm_head.", ".text_model."),
-        "head": ("lm_head.", "model."),
-        "decoder": (".vision_model.", ".connector."),
-        "together": (),
-    }
-    return {n: p for n, p in params.items() if not any(i in n for i in idle[name])}
+def _is_trained(stage: str, family: Family, name: str) -> bool:
+    """Whether a stage changes a parameter."""
+    if any(part in name for part in family.untrained):
+        return False
+    if name.startswith("head."):
+        return True
+    eye = stage in ("warmup", "together") and is_eye(name)
+    return eye or (stage in ("decoder", "together") and not is_eye(name))
 
 
-def _run_stage(plan: Plan, rank: int, params: Params, config: checkpoint.Config, name: str) -> None:
+def _run_stage(
+    plan: Plan, rank: int, family: Family, params: Params, config: Config, name: str
+) -> None:
     """Train `params` through one stage; worker 0 logs and saves."""
     steps: int = getattr(plan, name)
     if not steps:
         return
-    trained = _trained(name, params)
+    trained = {n: p for n, p in params.items() if _is_trained(name, family, n)}
     optimiser = Optimiser(trained, STAGES[name])
     seed = [TRAIN, plan.seed, 1 + list(STAGES).index(name), rank]
     questions = 0 if name in ("warmup", "head") else plan.questions
-    source = batches(config, train_tokenizer(), seed, plan.tiles, questions)
+    tokens = family.train_tokenizer()
+    source = batches(family, config, tokens, seed, plan.images, questions)
     began, recent = time.monotonic(), torch.zeros(0)
     mean = {n: p.detach().clone() for n, p in params.items()}
     for step in range(steps):
-        loss, shares = stage_loss(name, params, config, next(source))
+        loss, shares = stage_loss(name, family, params, config, next(source))
         loss.backward()  # type: ignore[no-untyped-call]
         _share(trained)
-        optimiser.step(rate_scale(step, steps))
+        optimiser.step(plan.pace * rate_scale(step, steps))
         now = torch.cat([loss.detach()[None], shares.nan_to_num(1.0)])
         recent = now if not len(recent) else recent.lerp(now, 0.05)
         if rank == 0 and (step % 20 == 19 or step == steps - 1):
@@ -183,12 +184,13 @@ def _run_stage(plan: Plan, rank: int, params: Params, config: checkpoint.Config,
             print(f"{name} {step + 1}/{steps}: loss, shares {figures}; {spent:.0f} s", flush=True)
         _follow(mean, trained)
         if rank == 0 and step % 100 == 99:
-            _save(plan.out, config, mean)
+            _save(plan.out, family, config, mean)
     if name == "warmup":
         # The same batch on every worker, so that all scale alike.
-        balance(params, config, next(batches(config, train_tokenizer(), seed[:3], plan.tiles, 0)))
+        shared = batches(family, config, tokens, seed[:3], plan.images, 0)
+        balance(family, params, config, next(shared))
     if rank == 0:
-        _save(plan.out, config, params)
+        _save(plan.out, family, config, params)
 
 
 @torch.no_grad()
@@ -198,8 +200,22 @@ def _follow(mean: Params, trained: Params) -> None:
         mean[name].lerp_(value, 0.02)
 
 
-def _save(out: Path, config: checkpoint.Config, params: Params) -> None:
-    checkpoint.write(out, config, {n: p for n, p in params.items() if not n.startswith("head.")})
+def _save(out: Path, family: Family, config: Config, params: Params) -> None:
+    weights = {n: p for n, p in params.items() if not n.startswith("head.")}
+    checkpoint.write(out, family, config, weights)
+
+
+def _new_head(family: Family, width: int) -> Params:
+    """The warm-up's own head."""
+    patches = _patches_per_token(family)
+    count = patches * sum(classes(kind, family.side) for kind in family.label_kinds)
+    weight = torch.randn(count, width, generator=torch.Generator().manual_seed(1)) * 0.05
+    return {"head.weight": weight, "head.bias": torch.zeros(count)}
+
+
+def _patches_per_token(family: Family) -> int:
+    scene = draw_sample(TRAIN, 0).scene
+    return int(family.patch_labels(scene, family.pixels(scene.image)).shape[2])
 
 
 def _worker(rank: int, plan: Plan, meeting: str) -> None:
@@ -208,20 +224,22 @@ def _worker(rank: int, plan: Plan, meeting: str) -> None:
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=plan.workers
     )
     if plan.start is None:
-        config = checkpoint.tiny_config(train_tokenizer())
-        params = init_params(config, plan.seed)
+        family = FAMILIES[plan.family]
+        config = family.config(family.train_tokenizer())
+        params = init_params(family.param_shapes(config), plan.seed)
     else:
-        config, params, _ = checkpoint.read(plan.start)
-    width = config["text_config"]["hidden_size"]
-    classes = config["scale_factor"] ** 2 * sum(HEADS)
-    head = torch.randn(classes, width, generator=torch.Generator().manual_seed(1)) * 0.05
-    params |= {"head.weight": head, "head.bias": torch.zeros(classes)}
+        family, config, params, _ = checkpoint.read(plan.start)
+    if rank == 0:
+        print(f"{family.name}: {sum(p.numel() for p in params.values())} parameters", flush=True)
+    head = plan.head_file
+    width = params[family.embedding()].shape[1]
+    params |= load_file(head) if head and head.exists() else _new_head(family, width)
     for value in params.values():
         value.requires_grad_()
-    if rank == 0:
-        print(f"{sum(p.numel() for p in params.values()) - head.numel() - classes} parameters")
     for name in STAGES:
-        _run_stage(plan, rank, params, config, name)
+        _run_stage(plan, rank, family, params, config, name)
+        if rank == 0 and head:
+            save_file({n: p.detach() for n, p in params.items() if n.startswith("head.")}, head)
     dist.destroy_process_group()
 
 
@@ -234,10 +252,13 @@ def main() -> None:
     parser.add_argument("--head", type=int, default=0, help="steps of the head alone")
     parser.add_argument("--decoder", type=int, default=600, help="steps of the decoder alone")
     parser.add_argument("--together", type=int, default=1200, help="steps of the last stage")
-    parser.add_argument("--tiles", type=int, default=48)
+    parser.add_argument("--images", type=int, default=48, help="pictures, or tiles of them")
     parser.add_argument("--questions", type=int, default=6)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--pace", type=float, default=1.0, help="factor on all learning rates")
+    parser.add_argument("--family", choices=list(FAMILIES), default="smolvlm")
+    parser.add_argument("--head-file", type=Path, help="keeps the warm-up's head between runs")
     plan = Plan(**vars(parser.parse_args()))
     with tempfile.TemporaryDirectory() as folder:
         meeting = f"{folder}/meeting"
