@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
@@ -34,7 +33,7 @@ from lorgnette.quantize.plan import PLANS, QuantPlan, Rule
 from lorgnette.quantize.scheme import FLOAT32, QuantScheme
 from lorgnette.spec import VisionSpec
 from tests.projector_weights import random_tensors
-from tests.small import lower, of_width, single, weights_of
+from tests.small import Session, lower, of_width, session, single, weights_of
 
 SHAPES = (
     (1024, 768, 768),
@@ -69,14 +68,6 @@ def plan_of(scheme: QuantScheme) -> QuantPlan:
     return QuantPlan("one", "one scheme for all", (Rule("*", scheme),))
 
 
-def start(graph: Path | bytes, threads: int) -> onnxruntime.InferenceSession:
-    """An engine of so many threads."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-
-
 def by_tensor(weight: NDArray[np.float32], bias: NDArray[np.float32]) -> bytes:
     """A multiplication whose input gets one scale and zero point for all of its positions."""
     made = rtn.quantize(weight, QuantScheme(bits=8))
@@ -101,19 +92,19 @@ def by_tensor(weight: NDArray[np.float32], bias: NDArray[np.float32]) -> bytes:
     return model.SerializeToString()
 
 
-def compare(sessions: Mapping[str, onnxruntime.InferenceSession], feeds: Feeds, runs: int) -> None:
+def compare(sessions: Mapping[str, Session], feeds: Feeds, runs: int) -> None:
     """Prints the median time of each, and how far its output is from the first one's."""
     wanted = None
     errors = {}
-    for name, session in sessions.items():  # warms up, too
-        (got,) = session.run(None, feeds)
+    for name, engine in sessions.items():  # warms up, too
+        (got,) = engine.run(None, feeds)
         wanted = got if wanted is None else wanted
         errors[name] = np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
     times: dict[str, list[float]] = {name: [] for name in sessions}
     for _ in range(runs):
-        for name, session in sessions.items():
+        for name, engine in sessions.items():
             began = time.perf_counter()
-            session.run(None, feeds)
+            engine.run(None, feeds)
             times[name].append(1e3 * (time.perf_counter() - began))
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     first = next(iter(medians.values()))
@@ -131,9 +122,9 @@ def multiplications(folder: Path, runs: int, threads: int) -> None:
         for name, scheme in SCHEMES.items():
             place = folder / f"{columns}-{rows}-{name}"
             lowered = lower(place, component, weights, plan_of(scheme))
-            sessions[name] = start(lowered.folder / lowered.report.graph, threads)
+            sessions[name] = session(lowered.folder / lowered.report.graph, threads)
         graph = by_tensor(weights["weight"].numpy(), weights["bias"].numpy())
-        sessions["int8c, rounded by tensor"] = start(graph, threads)
+        sessions["int8c, rounded by tensor"] = session(graph, threads)
         x = np.random.default_rng(0).standard_normal((1, positions, columns), dtype=np.float32)
         compare(sessions, {"x": x}, runs)
 
@@ -168,7 +159,7 @@ def encoder(folder: Path, runs: int, threads: int, layers: int) -> None:
     sessions = {}
     for name, plan in plans.items():
         lowered = lower(folder / name, component, weights, plan)
-        sessions[name] = start(lowered.folder / lowered.report.graph, threads)
+        sessions[name] = session(lowered.folder / lowered.report.graph, threads)
     tiles = np.random.default_rng(0).integers(0, 256, (1, 3, 512, 512), dtype=np.uint8)
     print(f"\nvision encoder, {layers} layers")
     compare(sessions, {"tiles": tiles}, runs)

@@ -27,6 +27,7 @@ from tests.helpers import write_weights
 
 Array = NDArray[Any]
 Function = Callable[[Tensor], Tensor]
+Session = onnxruntime.InferenceSession
 WIDTH = 64
 """Channels of modules made by `of_width`, if nothing else is said."""
 
@@ -98,10 +99,10 @@ def lower(
     return Lowered(out, report, session(out / report.graph))
 
 
-def session(graph: Path) -> onnxruntime.InferenceSession:
-    """An engine of one thread, which makes runs repeatable."""
+def session(graph: Path | bytes, threads: int = 1) -> Session:
+    """An engine, by default of one thread, which makes runs repeatable."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 

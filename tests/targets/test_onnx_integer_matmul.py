@@ -233,6 +233,13 @@ REFUSED = {
 }
 
 
+def test_the_target_tells_beforehand_what_it_carries() -> None:
+    carries = OnnxCpu.capabilities.carries
+    assert carries(SCHEME, gathered=False)
+    assert not any(carries(scheme, gathered=False) for scheme in REFUSED.values())
+    assert not carries(SCHEME, gathered=True)  # tables are gathered in groups
+
+
 @pytest.mark.parametrize("form", REFUSED)
 def test_schemes_that_integer_kernels_cannot_carry_are_told(tmp_path: Path, form: str) -> None:
     component = of_width(lambda: nn.Linear(64, 8))
