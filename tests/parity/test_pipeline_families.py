@@ -123,8 +123,12 @@ def test_a_bundle_of_every_scheme_records_what_the_oracle_says(
         assert relative_error(got, wanted) == pytest.approx(recorded, abs=TOLERANCE)
         # Random weights are hurt most; ones stored in half precision lose nothing to fp16.
         assert recorded <= {"fp32": 0.0, "fp16": 0.005, "int8": 0.1, "int4": 1.0}[scheme]
-    got = model.engine.encode(tile)
-    assert relative_error(got, golden.image_tokens) <= TOLERANCE
+    # Vision on integer kernels rounds its activations too, by what the reference emulates.
+    off = relative_error(model.engine.encode(tile), golden.image_tokens)
+    rounding = golden.text.rounding_activations_image_tokens
+    assert (rounding > 0) is (scheme in ("int8", "int4"))
+    assert off <= TOLERANCE + 2 * rounding
+    assert off >= rounding / 2
     kernels = [] if scheme == "fp32" else KERNELS.get(name, [])
     kept = {n: r for entry in model.manifest.components for n, r in entry.kept_in_float.items()}
     assert list(kept) == kernels
