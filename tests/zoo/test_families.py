@@ -127,6 +127,6 @@ def test_committed_checkpoint_has_the_layout_of_its_family(family: Family) -> No
 def test_committed_checkpoint_answers_held_out_pictures(family: Family) -> None:
     torch.set_num_threads(1)
     answer = transformers_answer(checkpoint.CHECKPOINTS / family.name)
-    tally = score(answer, count=60, first=5000, exam=family.exam)
+    tally = score(answer, count=30, first=5000, exam=family.exam)
     right, asked = tally["all"]
     assert right / asked >= 0.85, table(tally)
