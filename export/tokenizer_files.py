@@ -153,19 +153,7 @@ def gguf_tokenizer_json(checkpoint: Checkpoint) -> bytes:
             got=len(kinds),
             wanted=len(tokens),
         )
-    vocab: dict[str, int] = {}
-    added: list[Json] = []
-    for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
-        if kind == UNUSED_TOKEN or token == f"[PAD{i}]":
-            continue  # rows of the embedding without a token; some writers call them user-defined
-        if kind not in (NORMAL_TOKEN, CONTROL_TOKEN, USER_TOKEN):
-            raise CheckpointError(f"type of token {i} is not supported", where=where, got=kind)
-        if kind != NORMAL_TOKEN:
-            added.append(_added_token(i, token, special=kind == CONTROL_TOKEN))
-        elif token in vocab:
-            raise CheckpointError(f"token {i} is there twice", where=where, got=repr(token))
-        else:
-            vocab[token] = i
+    vocab, added = _gguf_vocabulary(tokens, kinds, where)
     _check_added(added, vocab, where)
     if not vocab.keys() >= set(ByteLevel.alphabet()):
         raise CheckpointError("the tokenizer has no token for a byte", where=where)
@@ -191,6 +179,26 @@ def gguf_tokenizer_json(checkpoint: Checkpoint) -> bytes:
         merges=merges,
         unknown=None,
     )
+
+
+def _gguf_vocabulary(
+    tokens: Sequence[str], kinds: Sequence[int], where: object
+) -> tuple[dict[str, int], list[Json]]:
+    """The tokens that merges make with their ids, and the added ones."""
+    vocab: dict[str, int] = {}
+    added: list[Json] = []
+    for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
+        if kind == UNUSED_TOKEN or token == f"[PAD{i}]":
+            continue  # rows of the embedding without a token; some writers call them user-defined
+        if kind not in (NORMAL_TOKEN, CONTROL_TOKEN, USER_TOKEN):
+            raise CheckpointError(f"type of token {i} is not supported", where=where, got=kind)
+        if kind != NORMAL_TOKEN:
+            added.append(_added_token(i, token, special=kind == CONTROL_TOKEN))
+        elif token in vocab:
+            raise CheckpointError(f"token {i} is there twice", where=where, got=repr(token))
+        else:
+            vocab[token] = i
+    return vocab, added
 
 
 def _dump(
