@@ -98,7 +98,7 @@ def bounds_for(plan: QuantPlan, golden: GoldenText) -> Bounds:
     another GELU or another epsilon. What rounding activations costs depends on the weights (0.5 %
     of the logits where they are trained, up to 7 % where they are random), so the reference
     measures it. That is one draw: an engine, whose sums end in another order, rounds other values
-    to the next code, and on trained checkpoints came out up to 3.5 times as far. It gets five times
+    to the next code, and on a trained checkpoint came out several times as far. It gets five times
     that and two per cent; what must hold more tightly is held by graphs that round nothing.
     """
 
