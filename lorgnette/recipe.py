@@ -14,6 +14,9 @@ class PlanRule(Frozen, frozen=True):
     symmetric: bool | None = None
     activations: str | None = None
     method: str | None = None
+    scaling: str | None = None
+    palette: bool | None = None
+    rows: int | None = None
 
 
 class PlanText(Frozen, frozen=True):
@@ -22,6 +25,10 @@ class PlanText(Frozen, frozen=True):
     name: str
     rule: tuple[PlanRule, ...]
     summary: str = ""
+    rotate: bool = False
+    cache_bits: int = 32
+    max_kl: float | None = None
+    min_same_answer: float | None = None
 
 
 class Recipe(Frozen, frozen=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,19 @@ from lorgnette.quantize.scheme import (
 GROUP = 32
 
 
+Scaling = Literal["none", "awq", "smoothquant"]
+"""How channels between two matrices are rescaled before they are rounded; see `scaling/`."""
+
+
+class Promise(NamedTuple):
+    """What a plan promises of the answers; an export that measures worse is refused."""
+
+    max_kl: float
+    """Mean KL divergence of the next token from the original's, in nats, over answers."""
+    min_same_answer: float
+    """Share of greedy answers that are the original's token for token."""
+
+
 class Rule(NamedTuple):
     """How the matrices that a pattern selects are stored, and how their codes are chosen."""
 
@@ -30,10 +43,13 @@ class Rule(NamedTuple):
     scheme: QuantScheme
     method: str = "rtn"
     """The file in `methods/` that computes integer codes."""
+    scaling: Scaling = "none"
+    """The file in `scaling/` that evens out channels first; none leaves them."""
 
     def __str__(self) -> str:
         """The rule in a few words."""
-        how = f" by {self.method}" if self.scheme.is_integer else ""
+        by = self.method if self.scaling == "none" else f"{self.scaling} and {self.method}"
+        how = f" by {by}" if self.scheme.is_integer else ""
         return f"{self.select}: {self.scheme.full_name}{how}"
 
 
@@ -48,6 +64,11 @@ class QuantPlan:
     name: str
     summary: str
     rules: tuple[Rule, ...]
+    rotate: bool = False
+    """Whether the decoder's residual stream is rotated by a Hadamard matrix, which fuses away."""
+    cache_bits: Literal[8, 32] = 32
+    """Bits of an element of the KV cache."""
+    promise: Promise | None = None
 
     def find_rule(self, component: str, parameter: str) -> Rule | None:
         """The rule that decides about a weight, None where no pattern fits it."""

@@ -2,35 +2,49 @@
 
     name = "small-eyes"
     summary = "what it is for"
+    rotate = false                  # true: rotate the decoder's residual stream; left out: false
+    cache_bits = 32                 # 8: a KV cache of 8 bits; left out: 32
+    max_kl = 0.01                   # refuse to export if answers diverge more; left out: any
+    min_same_answer = 0.98          # refuse if fewer answers stay the same; left out: any
 
     [[rule]]
     select = "vision_encoder/*"     # fnmatch over component/parameter
     bits = 8                        # 2, 3, 4, 8: integers; 16, 32: floats, with nothing below
-    group = 32                      # columns with one scale; or "channel"; left out: 32
+    group = 32                      # columns with one scale; or "channel", "tensor"; left out: 32
     symmetric = true                # false: a zero point a group; left out: true
-    activations = "float"           # or "int8_group", "int8_token"; left out: "float"
-    method = "rtn"                  # or "mse", "hqq"; left out: "rtn"
+    activations = "float"           # or "int8_group", "int8_token", "int8_static"
+    method = "rtn"                  # or "mse", "hqq", "gptq"; left out: "rtn"
+    scaling = "none"                # or "awq", "smoothquant": even out channels first
+
+    [[rule]]
+    select = "*"
+    bits = 6                        # of a palette: 4, 6, 8
+    palette = true                  # codes index a table of values
+    rows = 16                       # rows that share a table; left out: all
+    method = "kmeans"               # which is the method of palettes
 
 The first rule that selects a matrix decides about it.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import msgspec
 
 from lorgnette.errors import ConfigError
 from lorgnette.quantize.methods import method_names
-from lorgnette.quantize.plan import GROUP, PLANS, QuantPlan, Rule, find_plan
+from lorgnette.quantize.plan import GROUP, PLANS, Promise, QuantPlan, Rule, Scaling, find_plan
 from lorgnette.quantize.scheme import (
     FLOAT_BITS,
     GROUP_SIZES,
     INTEGER_BITS,
+    PALETTE_BITS,
     Activations,
     QuantScheme,
 )
@@ -39,9 +53,11 @@ from lorgnette.recipe import PlanRule, PlanText, Recipe
 if TYPE_CHECKING:
     from typing import Any
 
-CHANNEL = "channel"
+CHANNEL, TENSOR = "channel", "tensor"
+PALETTE_METHOD = "kmeans"
 MAX_BYTES = 1 << 20
 MAX_RULES = 1000
+INTEGER_KEYS = ("group", "symmetric", "activations", "method", "scaling", "palette", "rows")
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
 
 
@@ -120,7 +136,33 @@ def build_plan(text: PlanText, where: str) -> QuantPlan:
     rules = (
         _rule(rule, f"{where}, rule {number}") for number, rule in enumerate(text.rule, start=1)
     )
-    return QuantPlan(text.name, text.summary, tuple(rules))
+    return QuantPlan(
+        text.name,
+        text.summary,
+        tuple(rules),
+        rotate=text.rotate,
+        cache_bits=_cache_bits(text.cache_bits, where),
+        promise=_promise(text, where),
+    )
+
+
+def _cache_bits(bits: int, where: str) -> Literal[8, 32]:
+    _one_of("cache_bits", bits, (8, 32), where)
+    return 8 if bits == 8 else 32
+
+
+def _promise(text: PlanText, where: str) -> Promise | None:
+    if text.max_kl is None and text.min_same_answer is None:
+        return None
+    kl = math.inf if text.max_kl is None else text.max_kl
+    same = 0.0 if text.min_same_answer is None else text.min_same_answer
+    if not kl >= 0:
+        raise ConfigError("'max_kl' is out of bounds", where=where, got=kl, wanted="0 or more")
+    if not 0 <= same <= 1:
+        raise ConfigError(
+            "'min_same_answer' is out of bounds", where=where, got=same, wanted="0 to 1"
+        )
+    return Promise(kl, same)
 
 
 def check_rules(plan: QuantPlan, matrices: Sequence[Named]) -> None:
@@ -182,7 +224,8 @@ def _check_keys(values: Collection[str], known: Collection[str], where: str) -> 
 
 
 def _rule(text: PlanRule, where: str) -> Rule:
-    _one_of("bits", text.bits, (*INTEGER_BITS, *FLOAT_BITS), where)
+    integers = PALETTE_BITS if text.palette else INTEGER_BITS
+    _one_of("bits", text.bits, (*integers, *FLOAT_BITS), where)
     if "/" not in text.select and text.select != "*":
         raise ConfigError(
             "a selector names no component",
@@ -191,25 +234,52 @@ def _rule(text: PlanRule, where: str) -> Rule:
             wanted="component/parameter, such as 'decoder/*', or '*'",
         )
     if text.bits in FLOAT_BITS:
-        for key in ("group", "symmetric", "activations", "method"):
-            if getattr(text, key) is not None:
-                raise ConfigError(
-                    f"'{key}' is for integers", where=where, got=f"bits = {text.bits}"
-                )
+        _refuse(text, INTEGER_KEYS, f"bits = {text.bits}", where)
         return Rule(text.select, QuantScheme(bits=text.bits))
+    method = text.method or (PALETTE_METHOD if text.palette else "rtn")
+    _one_of("method", method, method_names(), where)
+    if (method == PALETTE_METHOD) != bool(text.palette):
+        raise ConfigError(
+            "palettes and their method go together",
+            where=where,
+            got=f"palette = {str(bool(text.palette)).lower()} and method {method!r}",
+            wanted=f"palette = true with method {PALETTE_METHOD!r}, or neither",
+        )
+    scaling = text.scaling or "none"
+    _one_of("scaling", scaling, get_args(Scaling), where)
+    scheme = _palette(text, where) if text.palette else _steps(text, where)
+    return Rule(text.select, scheme, method, msgspec.convert(scaling, Scaling))
+
+
+def _palette(text: PlanRule, where: str) -> QuantScheme:
+    _refuse(text, ("group", "symmetric", "activations"), "palette = true", where)
+    rows = text.rows or 0
+    if rows < 0:
+        raise ConfigError("'rows' is out of bounds", where=where, got=rows, wanted="1 or more")
+    return QuantScheme(bits=text.bits, palette=True, table_rows=rows)
+
+
+def _steps(text: PlanRule, where: str) -> QuantScheme:
+    """The scheme of codes that are multiples of a step."""
+    _refuse(text, ("rows",), "no palette", where)
     group = GROUP if text.group is None else text.group
-    _one_of("group", group, (*GROUP_SIZES, CHANNEL), where)
+    _one_of("group", group, (*GROUP_SIZES, CHANNEL, TENSOR), where)
     activations = "float" if text.activations is None else text.activations
     _one_of("activations", activations, get_args(Activations), where)
-    method = "rtn" if text.method is None else text.method
-    _one_of("method", method, method_names(), where)
-    scheme = QuantScheme(
+    return QuantScheme(
         bits=text.bits,
         group_size=0 if isinstance(group, str) else group,
         symmetric=text.symmetric is not False,
         activations=msgspec.convert(activations, Activations),
+        per_tensor=group == TENSOR,
     )
-    return Rule(text.select, scheme, method)
+
+
+def _refuse(text: PlanRule, keys: Collection[str], kind: str, where: str) -> None:
+    """Refuses keys that mean nothing for a kind of rule."""
+    for key in keys:
+        if getattr(text, key) is not None:
+            raise ConfigError(f"'{key}' does not go with {kind}", where=where)
 
 
 def _one_of(key: str, value: object, allowed: Collection[object], where: str) -> None:

@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 
 from lorgnette.spec import Frozen
 
-Activations = Literal["float", "int8_group", "int8_token"]
+Activations = Literal["float", "int8_group", "int8_token", "int8_static"]
 """How the inputs of a multiplication are rounded as they come: not at all; to 8 bits with a scale
-for each position and each group of the weight's columns; or for each position."""
+for each position and each group of the weight's columns; for each position; or with one scale and
+zero point that calibration found, for all positions of all pictures."""
 
 
 INTEGER_BITS = (2, 3, 4, 8)
+PALETTE_BITS = (4, 6, 8)
 FLOAT_BITS = (16, 32)
 GROUP_SIZES = (16, 32, 64, 128)
 """Columns of a group; a `group_size` of 0 besides, for a whole row."""
@@ -25,14 +27,19 @@ class QuantScheme(Frozen, frozen=True):
     """How one weight is stored and multiplied.
 
     `bits` 32 and 16 are floats; less are integers in groups of `group_size` along the input axis,
-    one float32 scale a group. A `group_size` of 0 is a whole row: one scale an output channel.
-    Symmetric schemes have zero in the middle of their codes, others a zero point a group.
+    one float32 scale a group. A `group_size` of 0 is a whole row: one scale an output channel, or,
+    `per_tensor`, one for the whole matrix. Symmetric schemes have zero in the middle of their
+    codes, others a zero point a group. Codes of a `palette` index a table of 2 ** bits float32
+    values, one for `table_rows` rows together, 0 for the whole matrix.
     """
 
     bits: int
     group_size: int = 0
     symmetric: bool = True
     activations: Activations = "float"
+    per_tensor: bool = False
+    palette: bool = False
+    table_rows: int = 0
 
     @property
     def is_integer(self) -> bool:
@@ -43,11 +50,14 @@ class QuantScheme(Frozen, frozen=True):
     def form(self) -> str:
         """How the weight is stored, in short.
 
-        `int4g32` in groups, `int8c` by channel, `int4g32z` with zero points, `float16`.
+        `int4g32` in groups, `int8c` by channel, `int8t` for the whole matrix, `int4g32z` with zero
+        points, `palette4` and `palette4r16` with a table for all or for 16 rows, `float16`.
         """
         if not self.is_integer:
             return f"float{self.bits}"
-        groups = f"g{self.group_size}" if self.group_size else "c"
+        if self.palette:
+            return f"palette{self.bits}" + (f"r{self.table_rows}" if self.table_rows else "")
+        groups = f"g{self.group_size}" if self.group_size else "t" if self.per_tensor else "c"
         return f"int{self.bits}{groups}{'' if self.symmetric else 'z'}"
 
     @property
@@ -69,11 +79,21 @@ class QuantScheme(Frozen, frozen=True):
 
     def zero_point_bytes(self, rows: int, columns: int) -> int:
         """Bytes of its packed zero points, each row whole bytes; none of a symmetric scheme."""
-        return 0 if self.symmetric else rows * -(-self.groups(columns) * self.bits // 8)
+        return (
+            0
+            if self.symmetric or self.palette
+            else rows * -(-self.groups(columns) * self.bits // 8)
+        )
 
     def scale_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of its scales, float32."""
+        """Bytes of its scales, or of the tables of a palette, float32."""
+        if self.palette:
+            return 4 * self.tables(rows) << self.bits
         return 4 * rows * self.groups(columns)
+
+    def tables(self, rows: int) -> int:
+        """Tables of a palette of so many rows."""
+        return -(-rows // self.table_rows) if self.table_rows else 1
 
     def stored_bytes(self, rows: int, columns: int) -> int:
         """Bytes of a matrix with its scales and zero points, unpadded but for whole groups."""
@@ -87,18 +107,29 @@ FLOAT32 = QuantScheme(bits=32)
 FLOAT16 = QuantScheme(bits=16)
 
 
+class InputRange(Frozen, frozen=True):
+    """How static 8-bit activations are rounded: x is about `(code - zero_point) * scale`."""
+
+    scale: float
+    zero_point: int
+    """The code that means 0, 0 to 255."""
+
+
 @dataclass(frozen=True)
 class QuantTensor:
-    """A quantised matrix: weight = (code - zero point) * scale.
+    """A quantised matrix: weight = (code - zero point) * scale, or the palette's value of a code.
 
     Attributes:
         codes: uint8 `[rows, groups * group_size]`, values 0 .. 2**bits - 1, not packed; where
             the columns do not fill the last group it ends in codes that mean zero.
-        scales: float32 `[rows, groups]`.
+        scales: float32 `[rows, groups]`, all the same of schemes for the whole matrix; ones of a
+            palette.
         zero_points: uint8 `[rows, groups]`, the codes that mean 0; of symmetric schemes all
-            2 ** (bits - 1).
+            2 ** (bits - 1), zeros of a palette.
         columns: Columns of the weight.
         scheme: What it was made for.
+        tables: float32 `[tables, 2 ** bits]` of a palette.
+        input_range: How its inputs are rounded, of a scheme with static activations.
     """
 
     codes: NDArray[np.uint8]
@@ -106,10 +137,15 @@ class QuantTensor:
     zero_points: NDArray[np.uint8]
     columns: int
     scheme: QuantScheme
+    tables: NDArray[np.float32] | None = None
+    input_range: InputRange | None = None
 
     def dequantize(self) -> NDArray[np.float32]:
         """The weights that the codes stand for, float32 `[rows, columns]`."""
         rows, groups = self.scales.shape
+        if self.tables is not None:
+            together = self.scheme.table_rows or rows
+            return self.tables[(np.arange(rows) // together)[:, None], self.codes]
         codes = self.codes.reshape(rows, groups, -1).astype(np.float32)
         codes -= self.zero_points[:, :, None]
         codes *= self.scales[:, :, None]

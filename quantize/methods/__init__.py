@@ -1,4 +1,4 @@
-"""Quantisation methods: one file each, with a function `quantize(weight, scheme)`."""
+"""Quantisation methods: one file each, with a function `quantize(weight, scheme, inputs)`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,26 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from lorgnette.quantize.inputs import LayerInputs
     from lorgnette.quantize.scheme import QuantScheme, QuantTensor
 
 
 class Method(Protocol):
     """What every module of this folder defines."""
 
-    def quantize(self, weight: NDArray[np.float32], scheme: QuantScheme) -> QuantTensor:
-        """Codes and scales of a float32 matrix `[rows, columns]`."""
+    NEEDS_INPUTS: bool
+    """Whether it works on what calibration saw; others take none."""
+
+    def quantize(
+        self, weight: NDArray[np.float32], scheme: QuantScheme, inputs: LayerInputs | None = None
+    ) -> QuantTensor:
+        """Codes and scales of a float32 matrix `[rows, columns]`.
+
+        Args:
+            weight: The matrix.
+            scheme: What is wanted.
+            inputs: What calibration saw of the vectors that it is multiplied with.
+        """
 
 
 def load_method(name: str) -> Method:

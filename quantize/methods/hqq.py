@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorgnette.quantize.blocks import Groups, Rounded, by_rows
+from lorgnette.quantize.inputs import LayerInputs
 from lorgnette.quantize.methods import rtn
 from lorgnette.quantize.scheme import QuantScheme, QuantTensor
 
@@ -16,7 +17,12 @@ KAPPA = 1.01
 """How it grows each round; the authors' value."""
 
 
-def quantize(weight: NDArray[np.float32], scheme: QuantScheme) -> QuantTensor:
+NEEDS_INPUTS = False
+
+
+def quantize(
+    weight: NDArray[np.float32], scheme: QuantScheme, inputs: LayerInputs | None = None
+) -> QuantTensor:
     """Lowers sum(sqrt(abs(error))) of each group, which lets outliers go, from round to nearest.
 
     Rounds of two steps. Errors e are split into a sparse part that is given up, by the shrinkage
@@ -34,6 +40,7 @@ def quantize(weight: NDArray[np.float32], scheme: QuantScheme) -> QuantTensor:
     Source: Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models",
     https://mobiusml.github.io/hqq_blog/.
     """
+    del inputs
     return by_rows(weight, scheme, lambda groups: _improved(groups, scheme))
 
 

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorgnette.quantize.blocks import Groups, Rounded, by_rows
+from lorgnette.quantize.inputs import LayerInputs
 from lorgnette.quantize.methods import rtn
 from lorgnette.quantize.scheme import QuantScheme, QuantTensor
 
@@ -16,7 +17,12 @@ CANDIDATES = 10
 """Measured on the zoo: twice as many take a further 0.1 % off the error of 4 bits."""
 
 
-def quantize(weight: NDArray[np.float32], scheme: QuantScheme) -> QuantTensor:
+NEEDS_INPUTS = False
+
+
+def quantize(
+    weight: NDArray[np.float32], scheme: QuantScheme, inputs: LayerInputs | None = None
+) -> QuantTensor:
     """Rounds each group with the step, of some shorter and longer ones, of least squared error.
 
     A shorter step clips the largest weights and rounds all others finer. For each step the codes
@@ -30,6 +36,7 @@ def quantize(weight: NDArray[np.float32], scheme: QuantScheme) -> QuantTensor:
     Source: Choukroun et al. 2019, "Low-bit Quantization of Neural Networks for Efficient
     Inference", arXiv 1902.06822, equations 2 and 3 (steps of least squared error by search).
     """
+    del inputs
     return by_rows(weight, scheme, lambda groups: _searched(groups, scheme))
 
 

@@ -6,12 +6,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorgnette.quantize.blocks import Groups, Rounded, by_rows
+from lorgnette.quantize.inputs import LayerInputs
 from lorgnette.quantize.scheme import QuantScheme, QuantTensor
 
 LARGEST = np.finfo(np.float32).max
 
 
-def quantize(weight: NDArray[np.float32], scheme: QuantScheme) -> QuantTensor:
+NEEDS_INPUTS = False
+
+
+def quantize(
+    weight: NDArray[np.float32], scheme: QuantScheme, inputs: LayerInputs | None = None
+) -> QuantTensor:
     """Rounds each group of a matrix to its nearest codes.
 
     Symmetric: the element of largest magnitude in a group maps to the code of largest magnitude,
@@ -29,6 +35,7 @@ def quantize(weight: NDArray[np.float32], scheme: QuantScheme) -> QuantTensor:
     asymmetric, Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference", arXiv 1712.05877, section 2.1 and equation 13.
     """
+    del inputs
     return by_rows(weight, scheme, lambda groups: rounded(groups, scheme))
 
 
