@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import msgspec
 import torch
@@ -24,7 +25,8 @@ from lorgnette.export.check import (
 from lorgnette.export.checkpoint import Checkpoint
 from lorgnette.export.component import Component, TensorSpec
 from lorgnette.export.families import find_family, open_checkpoint
-from lorgnette.export.matrices import matrices_of
+from lorgnette.export.matrices import matrices_of, matrix_names
+from lorgnette.export.prepared import prepare_samples
 from lorgnette.export.tokenizer_files import read_tokenizer_json
 from lorgnette.export.trace import build_module, trace
 from lorgnette.export.weights import WeightSource, check_all_used, module_shapes
@@ -39,8 +41,11 @@ from lorgnette.manifest import (
     TensorEntry,
     requirements,
 )
+from lorgnette.quantize.calibrate import calibrate, needs_samples
 from lorgnette.quantize.plan import QuantPlan
 from lorgnette.quantize.plan_file import check_rules, plan_for
+from lorgnette.quantize.samples import Sample, default_samples, read_samples
+from lorgnette.quantize.store import QuantizedModel
 from lorgnette.recipe import Recipe
 from lorgnette.runtime.golden import write_golden
 from lorgnette.runtime.model import TOKENIZER, Model
@@ -63,6 +68,7 @@ def export(
     recipe: Recipe,
     *,
     vision: str | Path | None = None,
+    samples: str | Path | None = None,
     replace: bool = False,
     progress: Progress = lambda step: None,
 ) -> tuple[Bundle, Ladder]:
@@ -73,6 +79,8 @@ def export(
         out: Where the bundle goes; ends in `.lorg`.
         recipe: What is asked for.
         vision: The vision tower where it is published apart, as `open_checkpoint` takes it.
+        samples: Pictures with questions to calibrate with, as `read_samples` takes them; None
+            takes those that come with the package.
         replace: Whether a bundle at `out` may be replaced.
         progress: Told about each step.
 
@@ -85,6 +93,7 @@ def export(
     """
     progress("read checkpoint")
     plan, target = plan_for(recipe), find_target(recipe.target)
+    chosen = choose_samples(plan, samples)
     parts = read_parts(open_checkpoint(checkpoint_path, vision), recipe)
     golden_prompt(parts, golden_picture())  # refuses a context that is too small
     matrices = matrices_of(parts.components)
@@ -93,7 +102,10 @@ def export(
     if problems:
         raise ConfigError(f"cannot lower to {target.name}", got="; ".join(problems))
     with writing(out, replace=replace) as folder:
-        manifest = _write(folder, parts, recipe, plan, target, progress)
+        with TemporaryDirectory(prefix="codes-", dir=folder) as codes:
+            quantized = quantize_parts(parts, plan, Path(codes) / "model", chosen, progress)
+            manifest = _write(folder, parts, recipe, quantized, target, progress)
+        write_manifest(folder, manifest)
         # The checkpoint is mapped into memory: it goes before the engine's copy of it comes.
         del parts
         progress("verify")
@@ -104,18 +116,60 @@ def export(
     return open_bundle(out), ladder
 
 
+def choose_samples(plan: QuantPlan, path: str | Path | None) -> tuple[Sample, ...]:
+    """The samples at a path, or those that come with the package; none where none are needed.
+
+    Raises:
+        DatasetError: They cannot be read.
+    """
+    if path is None and not needs_samples(plan):
+        return ()
+    return read_samples(default_samples() if path is None else Path(path))
+
+
+def quantize_parts(
+    parts: Parts,
+    plan: QuantPlan,
+    folder: Path,
+    samples: Sequence[Sample],
+    progress: Progress,
+) -> QuantizedModel:
+    """The weights as a plan rounds them, with calibration where it asks for it.
+
+    Args:
+        parts: The parsed checkpoint.
+        plan: How weights are rounded.
+        folder: A folder to be made, where codes are kept until the model is lowered.
+        samples: What is calibrated with, where the plan asks for it.
+        progress: Told about each step.
+
+    Raises:
+        ConfigError: No sample fits the context length.
+    """
+    model = QuantizedModel(parts.sources, matrix_names(parts.components), plan, folder)
+    if needs_samples(plan):
+        prepared = [sample for sample in prepare_samples(parts, samples) if sample is not None]
+        calibrate(parts.components, model, prepared, progress)
+    return model
+
+
 def _write(
-    folder: Path, parts: Parts, recipe: Recipe, plan: QuantPlan, target: Target, progress: Progress
+    folder: Path,
+    parts: Parts,
+    recipe: Recipe,
+    quantized: QuantizedModel,
+    target: Target,
+    progress: Progress,
 ) -> Manifest:
-    """Writes every file of the bundle, the manifest last."""
-    lowered = _lower(parts, plan, target, folder, progress)
+    """Writes every file of the bundle but the manifest, which is returned."""
+    lowered = _lower(parts, quantized, target, folder, progress)
     tokenizer_file = folder / TOKENIZER
     tokenizer_file.parent.mkdir()
     tokenizer_file.write_bytes(parts.tokenizer_json)
-    golden = make_golden(parts, plan, progress)
+    golden = make_golden(parts, quantized, progress)
     write_golden(golden, folder / GOLDEN)
     progress("write manifest")
-    manifest = Manifest(
+    return Manifest(
         format=Format(major=FORMAT_MAJOR, minor=FORMAT_MINOR),
         requires=requirements(parts.preprocess),
         producer=_producer(),
@@ -130,11 +184,9 @@ def _write(
         ),
         preprocess=parts.preprocess,
         prompt=parts.prompt,
-        golden=GoldenEntry(folder=GOLDEN, bounds=bounds_for(plan, golden.text)),
+        golden=GoldenEntry(folder=GOLDEN, bounds=bounds_for(quantized.plan, golden.text)),
         files=list_files(folder),
     )
-    write_manifest(folder, manifest)
-    return manifest
 
 
 def _verify_exact(folder: Path, manifest: Manifest, target: Target) -> Ladder:
@@ -225,13 +277,14 @@ def _read_tokenizer(checkpoint: Checkpoint, tokenizer_json: bytes, spec: ModelSp
 
 
 def _lower(
-    parts: Parts, plan: QuantPlan, target: Target, folder: Path, progress: Progress
+    parts: Parts, quantized: QuantizedModel, target: Target, folder: Path, progress: Progress
 ) -> list[LoweredComponent]:
     lowered = []
-    with target.open(folder, plan) as lowering:
+    with target.open(folder) as lowering:
         for component in parts.components:
             progress(f"lower {component.name}")
-            lowered.append(lowering.add(component, trace(component), parts.sources[component.name]))
+            source = quantized.sources[component.name]
+            lowered.append(lowering.add(component, trace(component), source))
     return lowered
 
 

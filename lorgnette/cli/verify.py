@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -104,7 +105,7 @@ def _fresh_goldens(
     require_extra("export")
     from lorgnette.export.check import make_golden
     from lorgnette.export.families import open_checkpoint
-    from lorgnette.export.pipeline import read_parts
+    from lorgnette.export.pipeline import quantize_parts, read_parts
     from lorgnette.quantize.plan_file import plan_for
     from lorgnette.runtime.image import load_image
 
@@ -119,10 +120,12 @@ def _fresh_goldens(
             got=_differences(parts.spec, bundle.manifest.spec),
             hint="give the checkpoint that the bundle was exported from",
         )
-    plan = plan_for(recipe)
-    if not pictures:
-        return [make_golden(parts, plan, progress)]
-    return [make_golden(parts, plan, progress, picture) for picture in pictures]
+    with TemporaryDirectory() as folder:
+        codes = Path(folder) / "model"
+        quantized = quantize_parts(parts, plan_for(recipe), codes, (), progress)
+        if not pictures:
+            return [make_golden(parts, quantized, progress)]
+        return [make_golden(parts, quantized, progress, picture) for picture in pictures]
 
 
 def _differences(got: msgspec.Struct, wanted: msgspec.Struct, prefix: str = "") -> str:

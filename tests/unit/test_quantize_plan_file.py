@@ -90,7 +90,10 @@ HEAD = 'name = "mine"\n'
         (HEAD + RULE + "symmetric = 1", ["rule 1", "symmetric"]),
         (HEAD + RULE + 'activations = "int4"', ["'activations'", "float, int8_group, int8_token"]),
         (HEAD + RULE + 'method = "gptq"', ["'method'", "'gptq'", "hqq, mse, rtn"]),
-        (HEAD + RULE.replace("4", "16") + "group = 32", ["'group' does not go with bits = 16", "bits = 16"]),
+        (
+            HEAD + RULE.replace("4", "16") + "group = 32",
+            ["'group' does not go with bits = 16", "bits = 16"],
+        ),
         (HEAD + RULE.replace("4", "32") + 'method = "rtn"', ["'method' is for integers"]),
         (HEAD + RULE.replace('"*"', '"decoder"'), ["names no component", "'decoder'"]),
         (HEAD.replace("mine", "int4") + RULE, ["built-in plan", "'int4'"]),
