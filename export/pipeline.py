@@ -47,7 +47,7 @@ from lorgnette.quantize.plan_file import check_rules, plan_for
 from lorgnette.quantize.samples import Sample, default_samples, read_samples
 from lorgnette.quantize.store import QuantizedModel
 from lorgnette.recipe import Recipe
-from lorgnette.runtime.golden import write_golden
+from lorgnette.runtime.golden import Golden, write_golden
 from lorgnette.runtime.model import TOKENIZER, Model
 from lorgnette.runtime.tokenizer import Tokenizer
 from lorgnette.runtime.verify import Ladder, verify
@@ -104,8 +104,10 @@ def export(
     with writing(out, replace=replace) as folder:
         with TemporaryDirectory(prefix="codes-", dir=folder) as codes:
             quantized = quantize_parts(parts, plan, Path(codes) / "model", chosen, progress)
-            manifest = _write(folder, parts, recipe, quantized, target, progress)
-        write_manifest(folder, manifest)
+            lowered = _lower(parts, quantized, target, folder, progress)
+            golden = make_golden(parts, quantized, progress)
+        progress("write manifest")
+        manifest = _write(folder, parts, recipe, target, lowered, golden)
         # The checkpoint is mapped into memory: it goes before the engine's copy of it comes.
         del parts
         progress("verify")
@@ -157,19 +159,16 @@ def _write(
     folder: Path,
     parts: Parts,
     recipe: Recipe,
-    quantized: QuantizedModel,
     target: Target,
-    progress: Progress,
+    lowered: Sequence[LoweredComponent],
+    golden: Golden,
 ) -> Manifest:
-    """Writes every file of the bundle but the manifest, which is returned."""
-    lowered = _lower(parts, quantized, target, folder, progress)
+    """Writes what is not lowered, the manifest last."""
     tokenizer_file = folder / TOKENIZER
     tokenizer_file.parent.mkdir()
     tokenizer_file.write_bytes(parts.tokenizer_json)
-    golden = make_golden(parts, quantized, progress)
     write_golden(golden, folder / GOLDEN)
-    progress("write manifest")
-    return Manifest(
+    manifest = Manifest(
         format=Format(major=FORMAT_MAJOR, minor=FORMAT_MINOR),
         requires=requirements(parts.preprocess),
         producer=_producer(),
@@ -184,9 +183,11 @@ def _write(
         ),
         preprocess=parts.preprocess,
         prompt=parts.prompt,
-        golden=GoldenEntry(folder=GOLDEN, bounds=bounds_for(quantized.plan, golden.text)),
+        golden=GoldenEntry(folder=GOLDEN, bounds=bounds_for(plan_for(recipe), golden.text)),
         files=list_files(folder),
     )
+    write_manifest(folder, manifest)
+    return manifest
 
 
 def _verify_exact(folder: Path, manifest: Manifest, target: Target) -> Ladder:
