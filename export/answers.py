@@ -17,7 +17,8 @@ from lorgnette.runtime.answer_text import AnswerText
 from lorgnette.runtime.image import load_image
 from lorgnette.runtime.preprocess import Tiles, grid_for, prepare
 from lorgnette.runtime.prompt import ImagePart, Message, encode_prompt, image_slots
-from lorgnette.spec import Preprocess
+from lorgnette.runtime.tokenizer import Tokenizer
+from lorgnette.spec import Preprocess, PromptSpec
 
 MAX_NEW_TOKENS = 24
 """Tokens of an answer that are compared; of each, a row of logits is held in memory."""
@@ -62,7 +63,10 @@ class OriginalAnswers:
         sample_set: Name of the set.
         digest: What the set is known by: see `samples_digest`.
         max_new_tokens: Tokens at which an answer was cut off.
-        parts: The checkpoint that answered.
+        tokenizer: The tokenizer of the checkpoint.
+        prompt: Its chat template.
+        image_token_id: The placeholder of an image token.
+        context_length: The context that the samples had to fit.
     """
 
     answers: tuple[OriginalAnswer, ...]
@@ -70,13 +74,16 @@ class OriginalAnswers:
     sample_set: str
     digest: str
     max_new_tokens: int
-    parts: Parts
+    # Not the checkpoint itself: it is mapped into memory, and an engine's copy comes next.
+    tokenizer: Tokenizer
+    prompt: PromptSpec
+    image_token_id: int
+    context_length: int
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids, as the runtime would show it."""
-        prompt = self.parts.prompt
-        shown = AnswerText(self.parts.tokenizer, prompt.answer_header)
-        pieces = [shown.push(i) for i in ids if i not in prompt.stop_token_ids]
+        shown = AnswerText(self.tokenizer, self.prompt.answer_header)
+        pieces = [shown.push(i) for i in ids if i not in self.prompt.stop_token_ids]
         return "".join([*pieces, shown.finish()])
 
 
@@ -140,7 +147,10 @@ def original_answers(
         sample_set=sample_set,
         digest=samples_digest(samples),
         max_new_tokens=max_new_tokens,
-        parts=parts,
+        tokenizer=parts.tokenizer,
+        prompt=parts.prompt,
+        image_token_id=parts.spec.image_token_id,
+        context_length=parts.context_length,
     )
 
 

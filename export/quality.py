@@ -98,18 +98,17 @@ def measure_bundle(model: Model, answers: OriginalAnswers, tell: Tell = silent) 
     Raises:
         ConfigError: The bundle's context is shorter than the one that the answers were made for.
     """
-    wanted, got = answers.parts.context_length, model.manifest.context_length
+    wanted, got = answers.context_length, model.manifest.context_length
     if got < wanted:
         raise ConfigError("context length is too small", where="bundle", got=got, wanted=wanted)
     engine = model.engine
     encoder = PromptEncoder(engine.encode, lambda ids: engine.embed(np.array(ids, np.int64)))
     state = engine.new_state()
-    image_token_id = answers.parts.spec.image_token_id
-    stop_ids = answers.parts.prompt.stop_token_ids
+    stop_ids = answers.prompt.stop_token_ids
     measured = []
     for done, answer in enumerate(answers.answers, start=1):
         image_tokens = encoder.encode(answer.sample, answer.tiles)
-        embeddings = encoder.splice(answer.prompt_ids, image_token_id, image_tokens)
+        embeddings = encoder.splice(answer.prompt_ids, answers.image_token_id, image_tokens)
         decoding = _Decoding(engine, state, len(embeddings))
         logits = decoding.follow(embeddings, answer.greedy_ids)
         said = tuple(map(int, logits.argmax(-1)))
@@ -131,11 +130,10 @@ def measure_reference(
         tell: Told after each sample.
     """
     encoder = PromptEncoder(reference.encode, reference.embed)
-    image_token_id = answers.parts.spec.image_token_id
     measured = []
     for done, answer in enumerate(answers.answers, start=1):
         image_tokens = encoder.encode(answer.sample, answer.tiles)
-        embeddings = encoder.splice(answer.prompt_ids, image_token_id, image_tokens)
+        embeddings = encoder.splice(answer.prompt_ids, answers.image_token_id, image_tokens)
         logits = reference.follow(embeddings, answer.greedy_ids)
         measured.append(_compare(answer, image_tokens, logits, None))
         tell(done, len(answers.answers))
