@@ -41,7 +41,7 @@ from lorgnette.manifest import (
     TensorEntry,
     requirements,
 )
-from lorgnette.quantize.calibrate import calibrate, needs_samples
+from lorgnette.quantize.calibrate import calibrate
 from lorgnette.quantize.plan import QuantPlan
 from lorgnette.quantize.plan_file import check_rules, plan_for
 from lorgnette.quantize.samples import Sample, default_samples, read_samples
@@ -124,7 +124,7 @@ def choose_samples(plan: QuantPlan, path: str | Path | None) -> tuple[Sample, ..
     Raises:
         DatasetError: They cannot be read.
     """
-    if path is None and not needs_samples(plan):
+    if path is None and not plan.needs_samples:
         return ()
     return read_samples(default_samples() if path is None else Path(path))
 
@@ -149,7 +149,7 @@ def quantize_parts(
         ConfigError: No sample fits the context length.
     """
     model = QuantizedModel(parts.sources, matrix_names(parts.components), plan, folder)
-    if needs_samples(plan):
+    if plan.needs_samples:
         prepared = [sample for sample in prepare_samples(parts, samples) if sample is not None]
         calibrate(parts.components, model, prepared, progress)
     return model

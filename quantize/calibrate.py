@@ -24,7 +24,7 @@ from lorgnette.quantize.activations import input_range, round_inputs
 from lorgnette.quantize.collect import Collector, rescaled
 from lorgnette.quantize.inputs import LayerInputs
 from lorgnette.quantize.methods import load_method
-from lorgnette.quantize.plan import QuantPlan, Rule
+from lorgnette.quantize.plan import Rule
 from lorgnette.quantize.scaling import load_scaling
 from lorgnette.quantize.scaling.site import SiteWeights
 from lorgnette.quantize.store import QuantizedModel, QuantizedSource
@@ -36,19 +36,6 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float32]
 Run = Callable[[nn.Module, Tensor], Tensor]
-
-
-def needs_samples(plan: QuantPlan) -> bool:
-    """Whether a plan cannot be followed without pictures."""
-    return any(_looks(rule) for rule in plan.rules)
-
-
-def _looks(rule: Rule) -> bool:
-    return rule.scheme.is_integer and (
-        load_method(rule.method).NEEDS_INPUTS
-        or rule.scaling != "none"
-        or rule.scheme.activations == "int8_static"
-    )
 
 
 @torch.no_grad()
@@ -149,7 +136,7 @@ def _linears(stage: Stage) -> list[str]:
 
 
 def _looks_at(source: QuantizedSource, name: str) -> bool:
-    return not source.is_tied(name) and _looks(source.rule(name))
+    return not source.is_tied(name) and source.rule(name).looks_at_inputs
 
 
 def _load(stage: Stage, read: Callable[[str], Tensor]) -> None:
