@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lorgnette.errors import ConfigError
 from lorgnette.spec import Frozen
 
 Activations = Literal["float", "int8_group", "int8_token", "int8_static"]
@@ -27,10 +28,10 @@ class QuantScheme(Frozen, frozen=True):
     """How one weight is stored and multiplied.
 
     `bits` 32 and 16 are floats; less are integers in groups of `group_size` along the input axis,
-    one float32 scale a group. A `group_size` of 0 is a whole row: one scale an output channel, or,
-    `per_tensor`, one for the whole matrix. Symmetric schemes have zero in the middle of their
-    codes, others a zero point a group. Codes of a `palette` index a table of 2 ** bits float32
-    values, one for `table_rows` rows together, 0 for the whole matrix.
+    one scale a group, a float of `scale_bits`. A `group_size` of 0 is a whole row: one scale an
+    output channel, or, `per_tensor`, one for the whole matrix. Symmetric schemes have zero in the
+    middle of their codes, others a zero point a group. Codes of a `palette` index a table of
+    2 ** bits float32 values, one for `table_rows` rows together, 0 for the whole matrix.
     """
 
     bits: int
@@ -40,6 +41,7 @@ class QuantScheme(Frozen, frozen=True):
     per_tensor: bool = False
     palette: bool = False
     table_rows: int = 0
+    scale_bits: Literal[16, 32] = 32
 
     @property
     def is_integer(self) -> bool:
@@ -51,14 +53,16 @@ class QuantScheme(Frozen, frozen=True):
         """How the weight is stored, in short.
 
         `int4g32` in groups, `int8c` by channel, `int8t` for the whole matrix, `int4g32z` with zero
-        points, `palette4` and `palette4r16` with a table for all or for 16 rows, `float16`.
+        points, `int4g32h` with scales of 16 bits, `palette4` and `palette4r16` with a table for
+        all or for 16 rows, `float16`.
         """
         if not self.is_integer:
             return f"float{self.bits}"
         if self.palette:
             return f"palette{self.bits}" + (f"r{self.table_rows}" if self.table_rows else "")
         groups = f"g{self.group_size}" if self.group_size else "t" if self.per_tensor else "c"
-        return f"int{self.bits}{groups}{'' if self.symmetric else 'z'}"
+        zeros, half = "" if self.symmetric else "z", "h" if self.scale_bits == 16 else ""
+        return f"int{self.bits}{groups}{zeros}{half}"
 
     @property
     def full_name(self) -> str:
@@ -86,10 +90,10 @@ class QuantScheme(Frozen, frozen=True):
         )
 
     def scale_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of its scales, or of the tables of a palette, float32."""
+        """Bytes of its scales, or of the float32 tables of a palette."""
         if self.palette:
             return 4 * self.tables(rows) << self.bits
-        return 4 * rows * self.groups(columns)
+        return self.scale_bits // 8 * rows * self.groups(columns)
 
     def tables(self, rows: int) -> int:
         """Tables of a palette of so many rows."""
@@ -123,7 +127,7 @@ class QuantTensor:
         codes: uint8 `[rows, groups * group_size]`, values 0 .. 2**bits - 1, not packed; where
             the columns do not fill the last group it ends in codes that mean zero.
         scales: float32 `[rows, groups]`, all the same of schemes for the whole matrix; ones of a
-            palette.
+            palette. Each is a float16 too where the scheme's are of 16 bits.
         zero_points: uint8 `[rows, groups]`, the codes that mean 0; of symmetric schemes all
             2 ** (bits - 1), zeros of a palette.
         columns: Columns of the weight.
@@ -163,3 +167,26 @@ def grouped(weight: NDArray[np.float32], group_size: int) -> NDArray[np.float32]
     missing = -columns % group_size
     padded = np.pad(weight, ((0, 0), (0, missing))) if missing else weight
     return padded.reshape(rows, -1, group_size)
+
+
+def half_scales(scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Scales rounded to float16, as float32, for codes that are chosen after.
+
+    A scale too small for float16 becomes its least number, with its sign, so that a group of tiny
+    weights keeps what codes it can; 0 stays 0.
+
+    Raises:
+        ConfigError: One is too large.
+    """
+    with np.errstate(over="ignore"):  # told below
+        half = scales.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise ConfigError(
+            "a scale is too large for 16 bits",
+            got=float(np.abs(scales).max()),
+            wanted=f"<= {float(np.finfo(np.float16).max):g}",
+            hint="keep scales of 32 bits",
+        )
+    lost = (half == 0) & (scales != 0)
+    half[lost] = np.copysign(np.finfo(np.float16).smallest_subnormal, scales[lost])
+    return half.astype(np.float32)

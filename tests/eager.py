@@ -39,7 +39,8 @@ class StoredSource(WeightSource):
         # Matrices are what linear layers and embeddings call their weight.
         if value.dim() != 2 or not name.endswith(".weight"):
             return value
-        _, scheme, method = self.plan.rule_for(self.component, name)
+        rule = self.plan.rule_for(self.component, name)
+        scheme, method = rule.scheme, rule.method
         if scheme.is_integer:
             made = load_method(method).quantize(value.numpy(), scheme)
             return torch.from_numpy(made.dequantize())

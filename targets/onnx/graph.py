@@ -154,10 +154,7 @@ class GraphBuilder:
             shape(rows, groups, scheme.group_size * scheme.bits // 8),
             lambda made: pack_codes(made.codes, scheme.bits),
         )
-        scales = self._integer_part(
-            parameter, scheme, "scales", (rows, groups), lambda made: made.scales
-        )
-        return codes, scales
+        return codes, self._scales(parameter, scheme, (rows, groups))
 
     def channel_weight(self, parameter: str, scheme: QuantScheme) -> tuple[ir.Value, ir.Value]:
         """A matrix by output channel, stored column by column as integer kernels read it.
@@ -169,8 +166,28 @@ class GraphBuilder:
         codes = self._integer_part(
             parameter, scheme, "columns", (columns, rows), lambda made: made.codes.T
         )
-        scales = self._integer_part(parameter, scheme, "scales", (rows,), lambda made: made.scales)
-        return codes, scales
+        return codes, self._scales(parameter, scheme, (rows,))
+
+    def _scales(self, parameter: str, scheme: QuantScheme, shape: tuple[int, ...]) -> ir.Value:
+        """The scales of a matrix, float32; engines widen those of 16 bits once, as they load."""
+        if scheme.scale_bits == 32:
+            return self._integer_part(parameter, scheme, "scales", shape, lambda made: made.scales)
+
+        def narrow(made: QuantTensor) -> NDArray[np.generic]:
+            half = made.scales.astype(np.float16)
+            if not np.array_equal(half.astype(np.float32), made.scales):
+                raise ConfigError(
+                    f"scales of '{parameter}' are no float16 numbers",
+                    where=self.component.name,
+                    hint="the method that made them must round them before it chooses codes",
+                )
+            return half
+
+        half = self._integer_part(parameter, scheme, "scales", shape, narrow)
+        return self.shared(
+            f"wide {half.name}",
+            lambda: self.node("Cast", [half], {"to": int(ir.DataType.FLOAT)})[0],
+        )
 
     def zero_points(self, parameter: str, scheme: QuantScheme) -> list[ir.Value]:
         """The packed zero points of a matrix, uint8 `[rows, bytes]`; none of a symmetric scheme."""

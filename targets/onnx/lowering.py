@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lorgnette.quantize.plan import QuantPlan
 from lorgnette.quantize.scheme import GROUP_SIZES
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 FLOATS = SchemeRange(bits=(16, 32))
 EITHER = (True, False)
+SCALE_BITS: tuple[Literal[16, 32], ...] = (32, 16)
 # Found by running every combination in onnxruntime 1.24.2 and 1.32.0 on a CPU: MatMulNBits has 2,
 # 4 and 8 bits and groups of a power of two from 16; GatherBlockQuantized the same, but 1.24 no 2
 # bits. With int8_group, MatMulNBits of 2 bits rounds activations only in 1.32 and in groups of 32
@@ -35,14 +36,18 @@ EITHER = (True, False)
 MATRICES = (
     FLOATS,
     SchemeRange(
-        bits=(2,), groups=GROUP_SIZES, symmetric=EITHER, activations=("float", "int8_group")
-    ),
-    SchemeRange(
-        bits=(4, 8), groups=GROUP_SIZES, symmetric=EITHER, activations=("float", "int8_group")
+        bits=(2, 4, 8),
+        groups=GROUP_SIZES,
+        symmetric=EITHER,
+        activations=("float", "int8_group"),
+        scale_bits=SCALE_BITS,
     ),
     SchemeRange(bits=(8,), activations=("int8_token",)),  # MatMulIntegerToFloat
 )
-TABLES = (FLOATS, SchemeRange(bits=(4, 8), groups=GROUP_SIZES, symmetric=EITHER))
+TABLES = (
+    FLOATS,
+    SchemeRange(bits=(4, 8), groups=GROUP_SIZES, symmetric=EITHER, scale_bits=SCALE_BITS),
+)
 
 GRAPHS = "graphs"
 WEIGHTS = "weights.bin"

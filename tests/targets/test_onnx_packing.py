@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import nn
 
+from lorgnette.errors import ConfigError
 from lorgnette.export.component import Component, TensorSpec
 from lorgnette.export.matrices import matrices_of
 from lorgnette.quantize.methods import load_method
@@ -29,8 +31,14 @@ from tests.small import Lowered, draw, lower, of_width, plan_of, single, weights
 
 Bytes = NDArray[np.uint8]
 
-multiplied = [s for each in MATRICES for s in each.schemes() if s.is_integer and s.group_size]
-gathered = [s for each in TABLES for s in each.schemes() if s.is_integer and s.group_size]
+
+def in_groups(ranges: Iterable[SchemeRange]) -> list[QuantScheme]:
+    """Schemes of groups; scales of 16 bits, which are packed apart from the rest, at one size."""
+    found = [s for each in ranges for s in each.schemes() if s.is_integer and s.group_size]
+    return [s for s in found if s.scale_bits == 32 or s.group_size == 32]
+
+
+multiplied, gathered = in_groups(MATRICES), in_groups(TABLES)
 
 
 def name_of(value: object) -> str | None:
@@ -83,6 +91,7 @@ def test_a_matrix_is_packed_to_the_bit_and_multiplied(tmp_path: Path, scheme: Qu
     assert stored["codes"].shape == (rows, groups, scheme.group_size * scheme.bits // 8)
     codes = unpacked(stored["codes"].astype(np.uint8), scheme.bits, made.codes.shape[1])
     assert np.array_equal(codes, made.codes)
+    assert stored["scales"].dtype == (np.float16 if scheme.scale_bits == 16 else np.float32)
     assert np.array_equal(stored["scales"], made.scales)
     if not scheme.symmetric:
         assert stored["zeros"].shape == (rows, -(-groups * scheme.bits // 8))
@@ -118,6 +127,17 @@ def test_a_table_is_packed_to_the_bit_and_gathered_exactly(
     assert np.array_equal(codes, made.codes)
     ids = np.array([[0, 5, 69, 17, 17, 1]])
     assert np.array_equal(lowered.run(ids)[0][0], made.dequantize()[ids[0]])
+
+
+def test_scales_that_are_no_float16_numbers_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A method that forgets to round them would have chosen its codes for other scales."""
+    monkeypatch.setattr("lorgnette.quantize.methods.rtn.half_scales", lambda scales: scales)
+    scheme = QuantScheme(bits=4, group_size=32, scale_bits=16)
+    component = of_width(lambda: nn.Linear(64, 8, bias=False))
+    with pytest.raises(ConfigError, match="scales of 'weight' are no float16 numbers"):
+        lower(tmp_path, component, weights_of(component), plan_for(scheme))
 
 
 @pytest.mark.parametrize("method", ["mse", "hqq"])
@@ -226,8 +246,9 @@ ROUNDED = QuantScheme(bits=4, group_size=32, symmetric=False, activations="int8_
         (QuantScheme(bits=4, group_size=32), "rtn", False),
         (QuantScheme(bits=8, group_size=32, symmetric=False), "rtn", False),
         (QuantScheme(bits=4, group_size=16, symmetric=False), "rtn", False),
+        (QuantScheme(bits=4, group_size=32, symmetric=False, scale_bits=16), "rtn", False),
     ],
-    ids=["equal", "rounded activations", "method", "symmetric", "bits", "groups"],
+    ids=["equal", "rounded activations", "method", "symmetric", "bits", "groups", "scales"],
 )
 def test_table_and_head_are_one_where_they_hold_the_same(
     tmp_path: Path, tied: Eager, head: QuantScheme, method: str, shared: bool
@@ -268,7 +289,8 @@ def problems(scheme: QuantScheme, *matrices: Matrix) -> str:
         (QuantScheme(bits=4), "int4g128, "),
         (QuantScheme(bits=4, group_size=256), "int4g128, "),
         (QuantScheme(bits=2, group_size=8), "int2g16, "),
-        (QuantScheme(bits=4, group_size=32, activations="int8_token"), "int4g32"),
+        (QuantScheme(bits=4, group_size=32, activations="int8_token"), "int4g32/int8_group, "),
+        (QuantScheme(bits=3, group_size=32, scale_bits=16), "int4g32h, "),
     ],
     ids=name_of,
 )
