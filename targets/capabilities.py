@@ -10,7 +10,7 @@ from typing import Literal
 from msgspec import structs
 
 from lorgnette.quantize.plan import QuantPlan
-from lorgnette.quantize.scheme import Activations, QuantScheme
+from lorgnette.quantize.scheme import Activations, QuantScheme, ScaleBits
 from lorgnette.spec import Frozen
 
 NEAREST = 3
@@ -43,7 +43,7 @@ class SchemeRange(Frozen, frozen=True):
     per_tensor: tuple[bool, ...] = (False,)
     """Whether one scale for the whole matrix is meant where a group is a whole row."""
     palette: bool = False
-    scale_bits: tuple[Literal[16, 32], ...] = (32,)
+    scale_bits: tuple[ScaleBits, ...] = (32,)
 
     def schemes(self) -> Iterator[QuantScheme]:
         """Every one of them."""

@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from lorgnette.quantize.blocks import Groups, Rounded, by_rows
 from lorgnette.quantize.inputs import LayerInputs
-from lorgnette.quantize.scheme import QuantScheme, QuantTensor, half_scales
+from lorgnette.quantize.scales import stored_scales
+from lorgnette.quantize.scheme import QuantScheme, QuantTensor
 
 LARGEST = np.finfo(np.float32).max
 
@@ -55,18 +56,14 @@ def steps(groups: Groups, scheme: QuantScheme) -> tuple[NDArray[np.float32], NDA
     if scheme.symmetric:
         half = np.float32(1 << (scheme.bits - 1))
         scales = np.where(highest >= -lowest, highest, lowest) / -half
-        return _stored(scales, scheme), np.full_like(scales, half)
+        return stored_scales(scales, scheme), np.full_like(scales, half)
     last = np.float32((1 << scheme.bits) - 1)
     lowest, highest = np.minimum(lowest, 0), np.maximum(highest, 0)
     # Divided before the subtraction, and a hair below, lest the ends of float32 overflow.
     most = np.nextafter(LARGEST / last, np.float32(0))
-    scales = _stored(np.minimum(highest / last - lowest / last, most), scheme)
+    scales = stored_scales(np.minimum(highest / last - lowest / last, most), scheme)
     zeros = np.rint(-lowest * inverse(scales))
     return scales, np.clip(zeros, 0, last)
-
-
-def _stored(scales: NDArray[np.float32], scheme: QuantScheme) -> NDArray[np.float32]:
-    return half_scales(scales) if scheme.scale_bits == 16 else scales
 
 
 def inverse(scales: NDArray[np.float32]) -> NDArray[np.float32]:
