@@ -12,16 +12,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lorgnette.errors import ConfigError
 from lorgnette.export.component import Component
 from lorgnette.export.layers.decoder import LlamaDecoder
 from lorgnette.export.trace import build_module
 from lorgnette.export.weights import ParameterSource, load_module
+from lorgnette.quantize.scheme import InputRange
 from lorgnette.quantize.store import QuantizedSource
 
 RESIDENT_BYTES = 3 * 2**30
 """Components larger than this in float32 are read layer by layer instead of held."""
 
 Float = NDArray[np.float32]
+Hook = Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]
 
 
 class Reference:
@@ -117,11 +120,14 @@ class Reference:
     def round_activations(self) -> set[str]:
         """Makes every component round the inputs of its matrices from now on as the plan says.
 
-        To 8 bits, symmetric: for each position, or as onnxruntime's MatMulNBits does at accuracy
-        level 4 for each position and group of the weight.
+        To 8 bits: symmetric for each position, or as onnxruntime's MatMulNBits does at accuracy
+        level 4 for each position and group of the weight; or with one scale and zero point for all.
 
         Returns:
             The components that have any such matrix.
+
+        Raises:
+            ConfigError: The range of static activations is not known.
         """
         rounded: set[str] = set()
         for component, source in self._sources.items():
@@ -131,11 +137,20 @@ class Reference:
                 if not isinstance(layer, nn.Linear):
                     continue
                 scheme = source.rule(f"{name}.weight").scheme
-                if scheme.activations != "float":
+                if scheme.activations == "float":
+                    continue
+                if scheme.activations == "int8_static":
+                    found = source.codes(f"{name}.weight").input_range
+                    if found is None:
+                        raise ConfigError(
+                            "no range is known of inputs", where=f"{component}/{name}.weight"
+                        )
+                    layer.register_forward_pre_hook(_static_rounding(found))
+                else:
                     by_group = scheme.activations == "int8_group"
                     width = scheme.group_size if by_group else layer.in_features
                     layer.register_forward_pre_hook(_rounding(width))
-                    rounded.add(component)
+                rounded.add(component)
         return rounded
 
     def _module(self, name: str) -> nn.Module:
@@ -151,7 +166,18 @@ class Reference:
         return self._modules[name]
 
 
-def _rounding(width: int) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
+def _static_rounding(how: InputRange) -> Hook:
+    """A hook that rounds a layer's input to 8 bits, one scale and zero point for all of it."""
+
+    def hook(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        scale = torch.tensor(how.scale)
+        codes = ((inputs[0] / scale).round() + how.zero_point).clamp(0, 255)
+        return ((codes - how.zero_point) * scale,)
+
+    return hook
+
+
+def _rounding(width: int) -> Hook:
     """A hook that rounds a layer's input to 8 bits, a scale for each `width` of its last axis."""
 
     def hook(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

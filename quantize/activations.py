@@ -24,8 +24,8 @@ def round_inputs(rows: Array, scheme: QuantScheme) -> Array:
     groups = grouped(rows, width)
     scales = np.abs(groups).max(axis=2, keepdims=True) / np.float32(127)
     safe = np.where(scales > 0, scales, np.float32(1))
-    rounded = np.rint(groups / safe) * scales
-    return rounded.reshape(len(rows), -1)[:, : rows.shape[1]]
+    rounded: Array = (np.rint(groups / safe) * scales).reshape(len(rows), -1)
+    return rounded[:, : rows.shape[1]]
 
 
 def input_range(inputs: LayerInputs) -> InputRange:

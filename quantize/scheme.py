@@ -16,6 +16,8 @@ for each position and each group of the weight's columns; for each position; or 
 zero point that calibration found, for all positions of all pictures."""
 
 
+ScaleBits = Literal[8, 16, 32]
+
 INTEGER_BITS = (2, 3, 4, 8)
 PALETTE_BITS = (4, 6, 8)
 FLOAT_BITS = (16, 32)
@@ -27,7 +29,8 @@ class QuantScheme(Frozen, frozen=True):
     """How one weight is stored and multiplied.
 
     `bits` 32 and 16 are floats; less are integers in groups of `group_size` along the input axis,
-    one float32 scale a group. A `group_size` of 0 is a whole row: one scale an output channel, or,
+    one scale a group, of `scale_bits`: a float, or, of 8 bits, a whole multiple of one float for
+    the row (see `scales.py`). A `group_size` of 0 is a whole row: one scale an output channel, or,
     `per_tensor`, one for the whole matrix. Symmetric schemes have zero in the middle of their
     codes, others a zero point a group. Codes of a `palette` index a table of 2 ** bits float32
     values, one for `table_rows` rows together, 0 for the whole matrix.
@@ -40,6 +43,7 @@ class QuantScheme(Frozen, frozen=True):
     per_tensor: bool = False
     palette: bool = False
     table_rows: int = 0
+    scale_bits: ScaleBits = 32
 
     @property
     def is_integer(self) -> bool:
@@ -51,14 +55,19 @@ class QuantScheme(Frozen, frozen=True):
         """How the weight is stored, in short.
 
         `int4g32` in groups, `int8c` by channel, `int8t` for the whole matrix, `int4g32z` with zero
-        points, `palette4` and `palette4r16` with a table for all or for 16 rows, `float16`.
+        points, `int4g32h` and `int4g32b` with scales of 16 and 8 bits, `int4g32b15` with those of
+        8 bits that integer kernels know, `palette4` and `palette4r16` with a table for all or for
+        16 rows, `float16`.
         """
         if not self.is_integer:
             return f"float{self.bits}"
         if self.palette:
             return f"palette{self.bits}" + (f"r{self.table_rows}" if self.table_rows else "")
         groups = f"g{self.group_size}" if self.group_size else "t" if self.per_tensor else "c"
-        return f"int{self.bits}{groups}{'' if self.symmetric else 'z'}"
+        scales = {32: "", 16: "h", 8: "b"}[self.scale_bits]
+        if self.scale_bits == 8 and self.most_steps < 127:
+            scales += str(self.most_steps)
+        return f"int{self.bits}{groups}{'' if self.symmetric else 'z'}{scales}"
 
     @property
     def full_name(self) -> str:
@@ -86,10 +95,25 @@ class QuantScheme(Frozen, frozen=True):
         )
 
     def scale_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of its scales, or of the tables of a palette, float32."""
+        """Bytes of its scales, or of the float32 tables of a palette."""
         if self.palette:
             return 4 * self.tables(rows) << self.bits
-        return 4 * rows * self.groups(columns)
+        return self.scale_bits // 8 * rows * self.groups(columns)
+
+    def row_scale_bytes(self, rows: int) -> int:
+        """Bytes of the float32 numbers, one a row, that scales of 8 bits are multiples of."""
+        return 4 * rows if self.is_integer and self.scale_bits == 8 else 0
+
+    @property
+    def most_steps(self) -> int:
+        """How many times its row's number a scale of 8 bits is at most, either way.
+
+        Integer kernels, which round activations by position or for all, know one scale a row:
+        there code times multiple must still be a byte.
+        """
+        return (
+            127 if self.activations in ("float", "int8_group") else max(127 >> (self.bits - 1), 1)
+        )
 
     def tables(self, rows: int) -> int:
         """Tables of a palette of so many rows."""
@@ -100,7 +124,7 @@ class QuantScheme(Frozen, frozen=True):
         if not self.is_integer:
             return rows * columns * self.bits // 8
         codes, zeros = self.code_bytes(rows, columns), self.zero_point_bytes(rows, columns)
-        return codes + self.scale_bytes(rows, columns) + zeros
+        return codes + self.scale_bytes(rows, columns) + self.row_scale_bytes(rows) + zeros
 
 
 FLOAT32 = QuantScheme(bits=32)
@@ -123,7 +147,8 @@ class QuantTensor:
         codes: uint8 `[rows, groups * group_size]`, values 0 .. 2**bits - 1, not packed; where
             the columns do not fill the last group it ends in codes that mean zero.
         scales: float32 `[rows, groups]`, all the same of schemes for the whole matrix; ones of a
-            palette.
+            palette. What `scales.stored_scales` makes of them where they are of less
+            than 32 bits.
         zero_points: uint8 `[rows, groups]`, the codes that mean 0; of symmetric schemes all
             2 ** (bits - 1), zeros of a palette.
         columns: Columns of the weight.

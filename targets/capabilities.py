@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from typing import Literal
 
+from msgspec import structs
+
 from lorgnette.quantize.plan import QuantPlan
-from lorgnette.quantize.scheme import Activations, QuantScheme
+from lorgnette.quantize.scheme import Activations, QuantScheme, ScaleBits
 from lorgnette.spec import Frozen
 
 NEAREST = 3
@@ -38,14 +40,29 @@ class SchemeRange(Frozen, frozen=True):
     """Columns of a group; 0 is a whole row."""
     symmetric: tuple[bool, ...] = (True,)
     activations: tuple[Activations, ...] = ("float",)
+    per_tensor: tuple[bool, ...] = (False,)
+    """Whether one scale for the whole matrix is meant where a group is a whole row."""
+    palette: bool = False
+    scale_bits: tuple[ScaleBits, ...] = (32,)
 
     def schemes(self) -> Iterator[QuantScheme]:
         """Every one of them."""
-        for bits, group, symmetric, activations in product(
-            self.bits, self.groups, self.symmetric, self.activations
+        for bits, group, symmetric, activations, per_tensor, scale_bits in product(
+            self.bits,
+            self.groups,
+            self.symmetric,
+            self.activations,
+            self.per_tensor,
+            self.scale_bits,
         ):
             yield QuantScheme(
-                bits=bits, group_size=group, symmetric=symmetric, activations=activations
+                bits=bits,
+                group_size=group,
+                symmetric=symmetric,
+                activations=activations,
+                per_tensor=per_tensor,
+                palette=self.palette,
+                scale_bits=scale_bits,
             )
 
     def __str__(self) -> str:
@@ -120,7 +137,7 @@ def some(matrices: Sequence[Matrix]) -> str:
 def _plain(scheme: QuantScheme, gathered: bool) -> QuantScheme:
     if not gathered:
         return scheme
-    return QuantScheme(bits=scheme.bits, group_size=scheme.group_size, symmetric=scheme.symmetric)
+    return structs.replace(scheme, activations="float")
 
 
 def _distance(one: QuantScheme, other: QuantScheme) -> float:
@@ -129,9 +146,14 @@ def _distance(one: QuantScheme, other: QuantScheme) -> float:
     def group(scheme: QuantScheme) -> float:
         return math.log2(scheme.group_size or 4096)
 
+    activations = {one.activations, other.activations}
+    rounding = 0 if len(activations) == 1 else 6 if "float" in activations else 3
     return (
         8 * abs(math.log2(one.bits / other.bits))
-        + 4 * (one.activations != other.activations)
+        + 4 * (one.palette != other.palette)
+        + rounding
         + 2 * (one.symmetric != other.symmetric)
         + abs(group(one) - group(other))
+        + (one.per_tensor != other.per_tensor)
+        + 1.5 * (one.scale_bits != other.scale_bits)
     )

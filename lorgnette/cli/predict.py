@@ -97,6 +97,7 @@ def _blobs(shape: tuple[int, ...], rule: Rule | None) -> list[tuple[str, int]]:
     parts = [
         (f"{form}.codes", scheme.code_bytes(*shape)),
         (f"{form}.scales", scheme.scale_bytes(*shape)),
+        (f"{form}.rows", scheme.row_scale_bytes(shape[0])),
         (f"{form}.zeros", scheme.zero_point_bytes(*shape)),
     ]
     return [(name, count) for name, count in parts if count]

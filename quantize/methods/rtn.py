@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from lorgnette.quantize.blocks import Groups, Rounded, by_rows
 from lorgnette.quantize.inputs import LayerInputs
+from lorgnette.quantize.scales import stored_scales
 from lorgnette.quantize.scheme import QuantScheme, QuantTensor
 
 LARGEST = np.finfo(np.float32).max
@@ -55,12 +56,12 @@ def steps(groups: Groups, scheme: QuantScheme) -> tuple[NDArray[np.float32], NDA
     if scheme.symmetric:
         half = np.float32(1 << (scheme.bits - 1))
         scales = np.where(highest >= -lowest, highest, lowest) / -half
-        return scales, np.full_like(scales, half)
+        return stored_scales(scales, scheme), np.full_like(scales, half)
     last = np.float32((1 << scheme.bits) - 1)
     lowest, highest = np.minimum(lowest, 0), np.maximum(highest, 0)
     # Divided before the subtraction, and a hair below, lest the ends of float32 overflow.
     most = np.nextafter(LARGEST / last, np.float32(0))
-    scales = np.minimum(highest / last - lowest / last, most)
+    scales = stored_scales(np.minimum(highest / last - lowest / last, most), scheme)
     zeros = np.rint(-lowest * inverse(scales))
     return scales, np.clip(zeros, 0, last)
 

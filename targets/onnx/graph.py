@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 
 from lorgnette.errors import ConfigError
 from lorgnette.export.component import Component, TensorSpec
-from lorgnette.quantize.scheme import QuantScheme, QuantTensor
+from lorgnette.quantize.scales import split_scales
+from lorgnette.quantize.scheme import InputRange, QuantScheme, QuantTensor
 from lorgnette.quantize.store import QuantizedSource
 from lorgnette.targets.onnx.weight_file import WeightFile
 
@@ -99,6 +101,10 @@ class GraphBuilder:
         """The planned scheme of a matrix."""
         return self._source.rule(parameter).scheme
 
+    def columns(self, parameter: str) -> int:
+        """The columns of a matrix."""
+        return self._source.shapes[parameter][1]
+
     def keep_in_float(self, parameter: str, reason: str) -> None:
         """Tells that a weight stays float32, where the plan asked for something else."""
         rule = self._source.find_rule(parameter)
@@ -148,23 +154,66 @@ class GraphBuilder:
             shape(rows, groups, scheme.group_size * scheme.bits // 8),
             lambda made: pack_codes(made.codes, scheme.bits),
         )
-        scales = self._integer_part(
-            parameter, scheme, "scales", (rows, groups), lambda made: made.scales
-        )
-        return codes, scales
+        return codes, self._scales(parameter, scheme, (rows, groups))
 
-    def channel_weight(self, parameter: str, scheme: QuantScheme) -> tuple[ir.Value, ir.Value]:
-        """A matrix by output channel, stored column by column as integer kernels read it.
+    def column_weight(
+        self, parameter: str, scheme: QuantScheme
+    ) -> tuple[ir.Value, ir.Value | None, ir.Value]:
+        """A symmetric matrix stored column by column, as integer kernels read it.
 
         Returns:
-            Codes (uint8 `[columns, rows]`) and scales (float32 `[rows]`).
+            Codes (uint8 `[stored columns * bits / 8, rows]`, see `pack_columns`), the multiples
+            that scales are in groups (int8 `[groups, rows]`, None of a scheme without), and one
+            number a row (float32 `[rows]`), its scale or what the multiples are of.
         """
         rows, columns = self._source.shapes[parameter]
-        codes = self._integer_part(
-            parameter, scheme, "columns", (columns, rows), lambda made: made.codes.T
+        part = partial(self._integer_part, parameter, scheme)
+        packed = -(-scheme.padded(columns) * scheme.bits // 8)
+        codes = part("columns", (packed, rows), lambda made: pack_columns(made.codes, scheme.bits))
+        if not scheme.group_size:
+            return codes, None, self._scales(parameter, scheme, (rows,))
+        most, shape = scheme.most_steps, (scheme.groups(columns), rows)
+        multiples = part("column_steps", shape, lambda made: split_scales(made.scales, most)[0].T)
+        return (
+            codes,
+            multiples,
+            part("rows", (rows,), lambda made: split_scales(made.scales, most)[1]),
         )
-        scales = self._integer_part(parameter, scheme, "scales", (rows,), lambda made: made.scales)
-        return codes, scales
+
+    def input_range(self, parameter: str) -> InputRange:
+        """How calibration says that the inputs of a matrix are rounded.
+
+        Raises:
+            ConfigError: It says nothing.
+        """
+        found = self._source.codes(parameter).input_range
+        if found is None:
+            raise ConfigError(
+                "no range is known of the inputs of a matrix",
+                where=f"{self.component.name}/{parameter}",
+                hint="static activations need calibration",
+            )
+        return found
+
+    def _scales(self, parameter: str, scheme: QuantScheme, shape: tuple[int, ...]) -> ir.Value:
+        """The scales of a matrix, float32; engines widen those of less bits once, as they load."""
+        part = partial(self._integer_part, parameter, scheme)
+        if scheme.scale_bits == 32:
+            return part("scales", shape, lambda made: made.scales)
+
+        def widen(narrow: ir.Value) -> ir.Value:
+            (wide,) = self.node("Cast", [narrow], {"to": int(ir.DataType.FLOAT)})
+            return wide
+
+        def made_wide() -> ir.Value:
+            if scheme.scale_bits == 16:
+                return widen(part("scales", shape, lambda made: _halves(made.scales)))
+            most = scheme.most_steps
+            steps = part("scales", shape, lambda made: split_scales(made.scales, most)[0])
+            number = part("rows", (shape[0], 1), lambda made: split_scales(made.scales, most)[1])
+            return self.node("Mul", [widen(steps), number])[0]
+
+        return self.shared(f"scales of {parameter}", made_wide)
 
     def zero_points(self, parameter: str, scheme: QuantScheme) -> list[ir.Value]:
         """The packed zero points of a matrix, uint8 `[rows, bytes]`; none of a symmetric scheme."""
@@ -253,6 +302,35 @@ def pack_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     for place in range(1, a_byte):
         packed |= filled[:, place::a_byte] << np.uint8(bits * place)
     return packed
+
+
+def pack_columns(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Codes to bytes, column by column: the first columns in the lowest bits, the next above them.
+
+    With p codes a byte, byte row i holds columns i, i + n, ... i + (p - 1) * n of n byte rows, so
+    that an engine unpacks them with a shift, a mask and one concatenation. Missing ones are zero.
+
+    Shapes: uint8 `[rows, columns]` to `[ceil(columns * bits / 8), rows]`; 2, 4 or 8 bits.
+    """
+    a_byte = 8 // bits
+    columns = codes.T
+    missing = -len(columns) % a_byte
+    filled = np.pad(columns, ((0, missing), (0, 0))) if missing else columns
+    parts = np.split(filled, a_byte)
+    packed: NDArray[np.uint8] = parts[0].copy()
+    for place, higher in enumerate(parts[1:], start=1):
+        packed |= higher << np.uint8(bits * place)
+    return packed
+
+
+def _halves(scales: NDArray[np.float32]) -> NDArray[np.float16]:
+    half = scales.astype(np.float16)
+    if not np.array_equal(half.astype(np.float32), scales):
+        raise ConfigError(
+            "scales of a matrix are no float16 numbers",
+            hint="the method that made them must round them before it chooses codes",
+        )
+    return half
 
 
 def _io_value(spec: TensorSpec) -> ir.Value:

@@ -1,4 +1,4 @@
-"""Matrices multiplied as integers, their inputs rounded to 8 bits position by position."""
+"""Matrices multiplied as integers, their inputs rounded to 8 bits as they come."""
 
 from __future__ import annotations
 
@@ -11,22 +11,29 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lorgnette.errors import ConfigError
+from lorgnette.quantize.scheme import QuantScheme
 from lorgnette.targets.onnx.arguments import Known, graph_value, traced_shape
 from lorgnette.targets.onnx.graph import CONTRIB, GraphBuilder
 
 MIDDLE = 128
-"""The code that means zero, of weights and of activations."""
+"""The code that means zero, of weights of 8 bits and of activations rounded by position."""
 MOST = 127
-"""Codes of activations lie that far around the middle."""
+"""Codes of activations rounded by position lie that far around the middle."""
 LEAST_SCALE = 1e-30
 """Scale of positions that are zero, or so near that they are for all purposes."""
 
 
-def token_matmul(builder: GraphBuilder, weight: str, node: torch.fx.Node, known: Known) -> ir.Value:
-    """`x @ weight.T` on integer kernels: a scale for each position of x and each row of `weight`.
+def integer_matmul(
+    builder: GraphBuilder, weight: str, node: torch.fx.Node, known: Known
+) -> ir.Value:
+    """`x @ weight.T + bias` on integer kernels, x rounded by position or with constant numbers.
 
+    By position: a scale for each position of x and each row of `weight`.
     `scale = max|x| / 127` over the channels of a position, `codes = round(x / scale) + 128`, and
-    `y = scale * weight_scale * sum((codes - 128) * (weight_codes - 128))`, the sum in int32.
+    `y = scale * weight_scale * sum((codes - 128) * (weight_codes - zero))`, the sum in int32.
+
+    Static: `codes = clip(round(x / scale) + zero_point, 0, 255)` with the scale and zero point
+    that calibration found; otherwise the same, and no pass over x to find its largest.
 
     Both operands are unsigned with a zero point. Kernels that take signed weights add pairs of
     products in 16 bits on processors without dot-product instructions, and saturate there; those
@@ -35,23 +42,125 @@ def token_matmul(builder: GraphBuilder, weight: str, node: torch.fx.Node, known:
     Source: onnxruntime's operator documentation (MatMulIntegerToFloat); its MLAS, qgemm kernels.
 
     Raises:
-        ConfigError: The scheme is not 8-bit, symmetric and by channel.
+        ConfigError: The scheme is none that integer kernels can carry.
     """
     scheme = builder.scheme(weight)
-    if scheme.bits != 8 or scheme.group_size or not scheme.symmetric:
+    _check(builder, weight, scheme)
+    x = cast("torch.fx.Node", node.args[0])
+    biased = len(node.args) > 2 and node.args[2] is not None
+    bias = graph_value(builder, known, node.args[2]) if biased else None
+    if scheme.activations == "int8_static":
+        rounded, scale, middle = _round_statically(builder, weight, x, known)
+        codes, weight_scale, zero = expanded(builder, weight, scheme)
+        inputs = [rounded, codes, scale, weight_scale, middle, zero, *([bias] if bias else [])]
+        return builder.node("MatMulIntegerToFloat", inputs, domain=CONTRIB)[0]
+    rounded, scale = _round_positions(builder, x, known)
+    codes, weight_scale, zero = expanded(builder, weight, scheme)
+    middle = builder.constant(np.array(MIDDLE, np.uint8))
+    one = builder.constant(np.array(1, np.float32))
+    inputs = [rounded, codes, one, weight_scale, middle, zero]
+    (product,) = builder.node("MatMulIntegerToFloat", inputs, domain=CONTRIB)
+    (out,) = builder.node("Mul", [product, scale])
+    return builder.node("Add", [out, bias])[0] if bias else out
+
+
+def _check(builder: GraphBuilder, weight: str, scheme: QuantScheme) -> None:
+    whole_rows = scheme.scale_bits == 8 if scheme.group_size else True
+    able = scheme.bits in (2, 4, 8) if not scheme.group_size else scheme.bits in (2, 4)
+    if not (able and whole_rows and scheme.symmetric and not scheme.palette):
         raise ConfigError(
             "integer kernels cannot carry the scheme of a weight",
             where=f"{builder.component.name}/{weight}",
             got=scheme.form,
-            wanted="int8c, symmetric",
+            wanted="symmetric and by channel, or of 2 or 4 bits in groups with scales of 8 bits",
         )
-    rounded, scale = _round_positions(builder, cast("torch.fx.Node", node.args[0]), known)
-    codes, weight_scale = builder.channel_weight(weight, scheme)
-    middle = builder.constant(np.array(MIDDLE, np.uint8))
-    one = builder.constant(np.array(1, np.float32))
-    inputs = [rounded, codes, one, weight_scale, middle, middle]
-    (product,) = builder.node("MatMulIntegerToFloat", inputs, domain=CONTRIB)
-    return builder.node("Mul", [product, scale])[0]
+
+
+def expanded(
+    builder: GraphBuilder, weight: str, scheme: QuantScheme
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """A matrix as integer kernels read it, a byte a code, however few bits are stored.
+
+    Everything here is constant, so engines compute it once, as they load: codes of 4 or 2 bits are
+    unpacked by shift and mask; those in groups are multiplied by their group's multiple, which
+    leaves whole numbers that a byte holds and one scale for each row.
+
+    Returns:
+        Codes (uint8 `[columns, rows]`), scales (float32 `[rows]`) and the code that means zero.
+    """
+    stored, multiples, scales = builder.column_weight(weight, scheme)
+    zero = 1 << (scheme.bits - 1) if multiples is None else MIDDLE
+
+    def make() -> ir.Value:
+        codes = stored if scheme.bits == 8 else _unpacked(builder, stored, scheme.bits)
+        if multiples is not None:
+            codes = _multiplied(builder, codes, multiples, scheme)
+        columns = builder.columns(weight)
+        if scheme.bits < 8 and _stored_columns(scheme, columns) != columns:
+            bounds = [builder.constant(np.array([n], np.int64)) for n in (0, columns, 0)]
+            (codes,) = builder.node("Slice", [codes, *bounds])
+        return codes
+
+    codes = builder.shared(f"columns of {weight}", make)
+    return codes, scales, builder.constant(np.array(zero, np.uint8))
+
+
+def _stored_columns(scheme: QuantScheme, columns: int) -> int:
+    a_byte = 8 // scheme.bits
+    return -(-scheme.padded(columns) // a_byte) * a_byte
+
+
+def _unpacked(builder: GraphBuilder, packed: ir.Value, bits: int) -> ir.Value:
+    """The codes that `pack_columns` packed. Shapes: `[n, rows]` to `[8 / bits * n, rows]`."""
+    mask = builder.constant(np.array((1 << bits) - 1, np.uint8))
+    parts = []
+    for shift in range(0, 8, bits):
+        part = packed
+        if shift:
+            by = builder.constant(np.array(shift, np.uint8))
+            (part,) = builder.node("BitShift", [packed, by], {"direction": "RIGHT"})
+        if shift + bits < 8:
+            (part,) = builder.node("BitwiseAnd", [part, mask])
+        parts.append(part)
+    return builder.node("Concat", parts, {"axis": 0})[0]
+
+
+def _multiplied(
+    builder: GraphBuilder, codes: ir.Value, multiples: ir.Value, scheme: QuantScheme
+) -> ir.Value:
+    """`(codes - zero) * multiple + 128` as bytes, in float32, which is exact for these.
+
+    Shapes: `[groups * size, rows]` and `[groups, rows]` to `[groups * size, rows]`.
+    """
+    float32, uint8 = {"to": int(ir.DataType.FLOAT)}, {"to": int(ir.DataType.UINT8)}
+    groups, rows = (int(cast("int", size)) for size in cast("ir.Shape", multiples.shape))
+    (wide,) = builder.node("Cast", [codes], float32)
+    (wide,) = builder.node("Reshape", [wide, _shape(builder, groups, scheme.group_size, rows)])
+    (factor,) = builder.node("Cast", [multiples], float32)
+    (factor,) = builder.node("Reshape", [factor, _shape(builder, groups, 1, rows)])
+    zero = builder.constant(np.array(-(1 << (scheme.bits - 1)), np.float32))
+    (offset,) = builder.node("Mul", [factor, zero])
+    middle = builder.constant(np.array(MIDDLE, np.float32))
+    (offset,) = builder.node("Add", [offset, middle])
+    (product,) = builder.node("Mul", [wide, factor])
+    (product,) = builder.node("Add", [product, offset])
+    (product,) = builder.node("Cast", [product], uint8)
+    return builder.node("Reshape", [product, _shape(builder, -1, rows)])[0]
+
+
+def _round_statically(
+    builder: GraphBuilder, weight: str, x: torch.fx.Node, known: Known
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Codes of `x`, their scale and zero point; made once for all who ask for the same."""
+    value = graph_value(builder, known, x)
+    how = builder.input_range(weight)
+    scale = builder.constant(np.array(how.scale, np.float32))
+    zero = builder.constant(np.array(how.zero_point, np.uint8))
+    codes = builder.shared(
+        f"codes of {value.name} by {scale.name} {zero.name}",
+        lambda: builder.node("QuantizeLinear", [value, scale, zero])[0],
+    )
+    return codes, scale, zero
 
 
 def _round_positions(
@@ -96,9 +205,11 @@ def _shape(builder: GraphBuilder, *sizes: int) -> ir.Value:
 def without_rounding(model: ir.Model) -> None:
     """Makes every integer multiplication one of float32 with the same weights.
 
-    Before: `codes = ...QuantizeLinear(x)...`, `p = MatMulIntegerToFloat(codes, w, 1, s, z, z)`,
-    `y = Mul(p, scale)`.
-    After: `matrix = DequantizeLinear(w, s, z)`, `y = FusedMatMul(x, matrix)`.
+    Before, by position: `codes = ...QuantizeLinear(x)...`,
+    `p = MatMulIntegerToFloat(codes, w, 1, s, 128, z)`, `y = Mul(p, scale)`.
+    Before, static: `codes = QuantizeLinear(x)`,
+    `y = MatMulIntegerToFloat(codes, w, c, s, d, z[, bias])`.
+    After: `matrix = DequantizeLinear(w, s, z)`, `y = FusedMatMul(x, matrix)[ + bias]`.
 
     The graph stores no matrix twice: each is made from the same codes when it runs, at most all of
     them in float32 at once.
@@ -107,34 +218,48 @@ def without_rounding(model: ir.Model) -> None:
     for node in list(graph):
         if node.op_type != "MatMulIntegerToFloat":
             continue
-        codes, weight, _, scales, _, middle = node.inputs
-        (use,) = node.outputs[0].uses()
-        (product,) = use.node.outputs
-        float_rows = _source_of(codes)
-        columns = ir.Node("", "Shape", [scales], name=f"{node.name}_columns")
-        middles = ir.Node("", "Expand", [middle, columns.outputs[0]], name=f"{node.name}_middles")
-        matrix = ir.Node(
-            "",
-            "DequantizeLinear",
-            [weight, scales, middles.outputs[0]],
-            attributes=[ir.AttrInt64("axis", 1)],
-            name=f"{node.name}_matrix",
-        )
-        # Not MatMul: engines turn that, behind DequantizeLinear, into one that rounds activations.
-        operands = [float_rows, matrix.outputs[0]]
-        exact = ir.Node(CONTRIB, "FusedMatMul", operands, name=f"{node.name}_exact")
-        for made in (columns, middles, matrix, exact):
-            made.outputs[0].name = f"{made.name}_0"
-        (out,) = exact.outputs
+        float_rows, static = _source_of(node.inputs[0])
+        last = node if static else next(iter(node.outputs[0].uses())).node
+        made = _exact(node, float_rows)
+        (product,), (out,) = last.outputs, made[-1].outputs
         out.name, out.shape, out.type = product.name, product.shape, product.type
-        graph.insert_before(use.node, [columns, middles, matrix, exact])
+        graph.insert_before(last, made)
         product.replace_all_uses_with(out, replace_graph_outputs=True)
-        graph.remove([use.node, node], safe=True)
+        graph.remove([node] if static else [last, node], safe=True)
     RemoveUnusedNodesPass()(model)
 
 
-def _source_of(codes: ir.Value | None) -> ir.Value:
-    """What was rounded to `codes`, in the shape of those."""
+def _exact(node: ir.Node, float_rows: ir.Value) -> list[ir.Node]:
+    """The nodes of a multiplication in float32, the last of which gives the product."""
+    _, weight, _, scales, _, zero, *bias = node.inputs
+    made: list[ir.Node] = []
+
+    def add(
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Sequence[ir.Attr] = (),
+        domain: str = "",
+    ) -> ir.Value:
+        name = f"{node.name}_exact_{operator}"
+        made.append(ir.Node(domain, operator, inputs, attributes=attributes, name=name))
+        made[-1].outputs[0].name = f"{name}_0"
+        return made[-1].outputs[0]
+
+    zeros = add("Expand", [zero, add("Shape", [scales])])
+    axis = [ir.AttrInt64("axis", 1)]
+    matrix = add("DequantizeLinear", [weight, scales, zeros], axis)
+    # Not MatMul: engines turn that, behind DequantizeLinear, into one that rounds activations.
+    product = add("FusedMatMul", [float_rows, matrix], domain=CONTRIB)
+    if bias:
+        add("Add", [product, bias[0]])
+    return made
+
+
+def _source_of(codes: ir.Value | None) -> tuple[ir.Value, bool]:
+    """What was rounded to `codes`, in the shape of those, and whether statically."""
+    made = codes.producer() if codes is not None else None
+    if made is not None and made.op_type == "QuantizeLinear" and made.inputs[0] is not None:
+        return made.inputs[0], True
     found = codes
     for operator in ("Reshape", "QuantizeLinear", "Reshape"):
         made = found.producer() if found is not None else None
@@ -143,4 +268,4 @@ def _source_of(codes: ir.Value | None) -> ir.Value:
         found = made.inputs[0]
     if found is None:
         raise ConfigError("codes are not of rounded activations", got=codes)
-    return found
+    return found, False

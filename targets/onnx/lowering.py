@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorgnette.quantize.plan import QuantPlan
-from lorgnette.quantize.scheme import GROUP_SIZES
+from lorgnette.quantize.scheme import GROUP_SIZES, Activations, ScaleBits
 from lorgnette.targets.capabilities import (
     Capabilities,
     Matrix,
@@ -28,21 +28,29 @@ if TYPE_CHECKING:
 
 FLOATS = SchemeRange(bits=(16, 32))
 EITHER = (True, False)
+SCALE_BITS: tuple[ScaleBits, ...] = (32, 16, 8)
+ROUNDED: tuple[Activations, ...] = ("int8_token", "int8_static")
 # Found by running every combination in onnxruntime 1.24.2 and 1.32.0 on a CPU: MatMulNBits has 2,
 # 4 and 8 bits and groups of a power of two from 16; GatherBlockQuantized the same, but 1.24 no 2
 # bits. With int8_group, MatMulNBits of 2 bits rounds activations only in 1.32 and in groups of 32
-# to 128; elsewhere it multiplies in float32, which loses less.
+# to 128; elsewhere it multiplies in float32, which loses less. MatMulIntegerToFloat has one scale
+# a row, in which groups fit where theirs are multiples of that.
 MATRICES = (
     FLOATS,
     SchemeRange(
-        bits=(2,), groups=GROUP_SIZES, symmetric=EITHER, activations=("float", "int8_group")
+        bits=(2, 4, 8),
+        groups=GROUP_SIZES,
+        symmetric=EITHER,
+        activations=("float", "int8_group"),
+        scale_bits=SCALE_BITS,
     ),
-    SchemeRange(
-        bits=(4, 8), groups=GROUP_SIZES, symmetric=EITHER, activations=("float", "int8_group")
-    ),
-    SchemeRange(bits=(8,), activations=("int8_token",)),  # MatMulIntegerToFloat
+    SchemeRange(bits=(2, 4, 8), activations=ROUNDED, per_tensor=(False, True)),
+    SchemeRange(bits=(2, 4), groups=GROUP_SIZES, activations=ROUNDED, scale_bits=(8,)),
 )
-TABLES = (FLOATS, SchemeRange(bits=(4, 8), groups=GROUP_SIZES, symmetric=EITHER))
+TABLES = (
+    FLOATS,
+    SchemeRange(bits=(4, 8), groups=GROUP_SIZES, symmetric=EITHER, scale_bits=SCALE_BITS),
+)
 
 GRAPHS = "graphs"
 WEIGHTS = "weights.bin"

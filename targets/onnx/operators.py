@@ -12,7 +12,7 @@ from lorgnette.errors import ConfigError
 from lorgnette.targets.onnx import elementwise, rearrange
 from lorgnette.targets.onnx.arguments import Known, Translation, graph_value, weight_name
 from lorgnette.targets.onnx.graph import CONTRIB, Attribute, GraphBuilder
-from lorgnette.targets.onnx.integer_matmul import token_matmul
+from lorgnette.targets.onnx.integer_matmul import integer_matmul
 
 
 def linear(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
@@ -24,9 +24,9 @@ def linear(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value
     x = graph_value(builder, known, node.args[0])
     weight = weight_name(builder, known, node.args[1])
     scheme = builder.scheme(weight)
-    if scheme.activations == "int8_token":
-        out = token_matmul(builder, weight, node, known)
-    elif scheme.is_integer:
+    if scheme.activations in ("int8_token", "int8_static"):
+        return integer_matmul(builder, weight, node, known)
+    if scheme.is_integer:
         out = _grouped_matmul(builder, x, weight, node)
     else:
         if scheme.bits == 16:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -43,6 +44,7 @@ from lorgnette.runtime.engines.engine import Float
 from lorgnette.runtime.image import load_image
 from lorgnette.runtime.model import Model, open_model
 from lorgnette.runtime.prompt import image_slots
+from tests.quantized import quantized_model
 from tests.runtime.support import FakeEngine, copy_bundle, fake_model, redigest
 from tests.runtime.test_verify import edit_weight
 from tests.zoo.checkpoint import CHECKPOINTS
@@ -80,7 +82,11 @@ def answers(parts: Parts, samples: tuple[Sample, ...]) -> OriginalAnswers:
 
 
 def reference_of(parts: Parts, plan: QuantPlan | None = None) -> Reference:
-    return Reference({entry.name: entry for entry in parts.components}, parts.sources, plan)
+    components = {entry.name: entry for entry in parts.components}
+    model = quantized_model(
+        Path(tempfile.mkdtemp()), components, parts.sources, plan or PLANS["fp32"]
+    )
+    return Reference(components, model.sources)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import nn
 
+from lorgnette.errors import ConfigError
 from lorgnette.export.component import Component, TensorSpec
 from lorgnette.export.matrices import matrices_of
 from lorgnette.quantize.methods import load_method
 from lorgnette.quantize.plan import PLANS, QuantPlan, Rule
-from lorgnette.quantize.scheme import FLOAT16, GROUP_SIZES, QuantScheme
+from lorgnette.quantize.scheme import FLOAT16, GROUP_SIZES, QuantScheme, ScaleBits
 from lorgnette.targets import find_target
 from lorgnette.targets.capabilities import Matrix, SchemeRange
 from lorgnette.targets.onnx.lowering import MATRICES, TABLES, OnnxCpu
@@ -30,8 +32,22 @@ from tests.small import Lowered, draw, lower, of_width, plan_of, single, weights
 
 Bytes = NDArray[np.uint8]
 
-multiplied = [s for each in MATRICES for s in each.schemes() if s.is_integer and s.group_size]
-gathered = [s for each in TABLES for s in each.schemes() if s.is_integer and s.group_size]
+
+def in_groups(ranges: Iterable[SchemeRange]) -> list[QuantScheme]:
+    """Schemes of groups, but for integer kernels; smaller scales at one size of groups."""
+    found = [s for each in ranges for s in each.schemes() if s.is_integer and s.group_size]
+    found = [s for s in found if s.activations in ("float", "int8_group")]
+    return [s for s in found if s.scale_bits == 32 or s.group_size == 32]
+
+
+multiplied, gathered = in_groups(MATRICES), in_groups(TABLES)
+
+SCALES: dict[int, tuple[type[np.generic], str]] = {
+    32: (np.float32, ""),
+    16: (np.float16, ""),
+    8: (np.int8, "rows"),
+}
+"""How scales of so many bits are stored, and what besides."""
 
 
 def name_of(value: object) -> str | None:
@@ -80,11 +96,14 @@ def test_a_matrix_is_packed_to_the_bit_and_multiplied(tmp_path: Path, scheme: Qu
     made = load_method("rtn").quantize(weights["weight"].numpy(), scheme)
     groups = made.scales.shape[1]
     stored = parts(lowered)
-    assert set(stored) == {"codes", "scales"} | (set() if scheme.symmetric else {"zeros"})
+    more = {"zeros"} if not scheme.symmetric else set()
+    assert set(stored) == {"codes", "scales"} | more | ({"rows"} & {SCALES[scheme.scale_bits][1]})
     assert stored["codes"].shape == (rows, groups, scheme.group_size * scheme.bits // 8)
     codes = unpacked(stored["codes"].astype(np.uint8), scheme.bits, made.codes.shape[1])
     assert np.array_equal(codes, made.codes)
-    assert np.array_equal(stored["scales"], made.scales)
+    assert stored["scales"].dtype == SCALES[scheme.scale_bits][0]
+    number = stored.get("rows", np.array(1)).astype(np.float32)
+    assert np.array_equal(stored["scales"].astype(np.float32) * number, made.scales)
     if not scheme.symmetric:
         assert stored["zeros"].shape == (rows, -(-groups * scheme.bits // 8))
         zeros = unpacked(stored["zeros"].astype(np.uint8), scheme.bits, groups)
@@ -119,6 +138,21 @@ def test_a_table_is_packed_to_the_bit_and_gathered_exactly(
     assert np.array_equal(codes, made.codes)
     ids = np.array([[0, 5, 69, 17, 17, 1]])
     assert np.array_equal(lowered.run(ids)[0][0], made.dequantize()[ids[0]])
+
+
+@pytest.mark.parametrize(
+    ("scale_bits", "told"),
+    [(16, "no float16 numbers"), (8, "not whole multiples of one number")],
+)
+def test_scales_that_were_not_rounded_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale_bits: ScaleBits, told: str
+) -> None:
+    """A method that forgets to round them would have chosen its codes for other scales."""
+    monkeypatch.setattr("lorgnette.quantize.methods.rtn.stored_scales", lambda scales, _: scales)
+    scheme = QuantScheme(bits=4, group_size=32, scale_bits=scale_bits)
+    component = of_width(lambda: nn.Linear(128, 8, bias=False), 128)
+    with pytest.raises(ConfigError, match=told):
+        lower(tmp_path, component, weights_of(component), plan_for(scheme))
 
 
 @pytest.mark.parametrize("method", ["mse", "hqq"])
@@ -227,8 +261,9 @@ ROUNDED = QuantScheme(bits=4, group_size=32, symmetric=False, activations="int8_
         (QuantScheme(bits=4, group_size=32), "rtn", False),
         (QuantScheme(bits=8, group_size=32, symmetric=False), "rtn", False),
         (QuantScheme(bits=4, group_size=16, symmetric=False), "rtn", False),
+        (QuantScheme(bits=4, group_size=32, symmetric=False, scale_bits=16), "rtn", False),
     ],
-    ids=["equal", "rounded activations", "method", "symmetric", "bits", "groups"],
+    ids=["equal", "rounded activations", "method", "symmetric", "bits", "groups", "scales"],
 )
 def test_table_and_head_are_one_where_they_hold_the_same(
     tmp_path: Path, tied: Eager, head: QuantScheme, method: str, shared: bool
@@ -271,7 +306,12 @@ def problems(scheme: QuantScheme, *matrices: Matrix) -> str:
         (QuantScheme(bits=4), "int4g128, "),
         (QuantScheme(bits=4, group_size=256), "int4g128, "),
         (QuantScheme(bits=2, group_size=8), "int2g16, "),
-        (QuantScheme(bits=4, group_size=32, activations="int8_token"), "int4g32"),
+        (QuantScheme(bits=4, group_size=32, activations="int8_token"), "int4g32b15/int8_token, "),
+        (QuantScheme(bits=3, group_size=32, scale_bits=16), "int4g32h, "),
+        (QuantScheme(bits=8, group_size=32, activations="int8_static"), "int8g32/int8_group, "),
+        (QuantScheme(bits=8, symmetric=False, activations="int8_token"), "int8c/int8_token, "),
+        (QuantScheme(bits=4, palette=True), "int4g128, "),
+        (QuantScheme(bits=6, palette=True, table_rows=16), "int8g128, "),
     ],
     ids=name_of,
 )

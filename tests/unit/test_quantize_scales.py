@@ -1,0 +1,104 @@
+"""Scales of 16 and 8 bits: against scalar arithmetic, at the ends of float16."""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorgnette.errors import ConfigError
+from lorgnette.quantize.methods import rtn
+from lorgnette.quantize.scales import half_scales, split_scales, whole_scales
+from lorgnette.quantize.scheme import Activations, QuantScheme, ScaleBits
+
+LEAST, MOST = 2.0**-24, 65504.0
+
+
+@given(st.floats(-MOST, MOST, width=32))
+def test_a_scale_is_the_nearest_half_and_never_lost(scale: float) -> None:
+    (got,) = half_scales(np.array([scale], np.float32)).tolist()
+    (nearest,) = struct.unpack("<e", struct.pack("<e", scale))  # which rounds to nearest even
+    if nearest or not scale:
+        assert got == nearest
+    else:
+        assert got == math.copysign(LEAST, scale)
+
+
+def test_a_scale_too_large_for_16_bits_is_told() -> None:
+    assert half_scales(np.array([[MOST, -MOST]], np.float32)).tolist() == [[MOST, -MOST]]
+    with pytest.raises(ConfigError, match="too large for 16 bits") as caught:
+        half_scales(np.array([1, -65520], np.float32))
+    assert "65520" in str(caught.value)
+
+
+def for_groups(
+    activations: Activations = "float", scale_bits: ScaleBits = 8, *, symmetric: bool = True
+) -> QuantScheme:
+    return QuantScheme(
+        bits=4,
+        group_size=32,
+        symmetric=symmetric,
+        activations=activations,
+        scale_bits=scale_bits,
+    )
+
+
+@given(
+    st.lists(st.floats(-1000, 1000, width=32), min_size=1, max_size=9),
+    st.sampled_from([("float", 127), ("int8_group", 127), ("int8_token", 15), ("int8_static", 15)]),
+)
+def test_scales_of_8_bits_are_whole_multiples_of_a_half(
+    scales: list[float], kind: tuple[Activations, int]
+) -> None:
+    activations, most = kind
+    given_scales = np.array([scales], np.float32)
+    (got,) = whole_scales(given_scales, for_groups(activations))
+    steps, (number,) = split_scales(got[None], most)
+    assert np.abs(steps).max() <= most
+    assert np.array_equal(steps[0] * number, got)
+    largest = max(map(abs, scales))
+    # As fine as a half just above the largest allows; never lost, and of the same sign.
+    finest = max(largest / most * (1 + 2**-10), LEAST)
+    for one, other in zip(scales, got.tolist(), strict=True):
+        assert (one == 0) == (other == 0)
+        assert one * other >= 0
+        assert abs(one - other) <= max(0.51 * finest, min(finest, abs(other)))
+
+
+def test_multiples_are_found_where_the_largest_is_not_the_most() -> None:
+    scales = np.array([[0.5, -3.5, 0], [0, 0, 0], [14, 21, -7]], np.float32)
+    steps, number = split_scales(scales, 15)
+    assert np.array_equal(steps * number[:, None], scales)
+    assert number[1] == 0
+    with pytest.raises(ConfigError, match="not whole multiples") as caught:
+        split_scales(np.array([[1, 2], [1, 1.03]], np.float32), 15)
+    assert "row 1" in str(caught.value)
+
+
+@pytest.mark.parametrize("scale_bits", [8, 16])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("size", [1e-9, 1e-6, 1.0, 1e4])
+def test_codes_are_chosen_for_the_scales_that_are_stored(
+    symmetric: bool, size: float, scale_bits: ScaleBits
+) -> None:
+    weight = np.float32(size) * np.random.default_rng(0).standard_normal((9, 64), np.float32)
+    scheme = for_groups(scale_bits=scale_bits, symmetric=symmetric)
+    made = rtn.quantize(weight, scheme)
+    if scale_bits == 16:
+        assert np.array_equal(made.scales.astype(np.float16), made.scales)
+    else:
+        assert np.abs(split_scales(made.scales, 127)[0]).max() <= 127
+    off = np.abs(made.dequantize() - weight).reshape(9, 2, 32)
+    values = np.arange(16) - made.zero_points[:, :, None].astype(np.float32)
+    able = values * made.scales[:, :, None]  # all that the codes of a group can stand for
+    least = np.abs(weight.reshape(9, 2, 32, 1) - able[:, :, None]).min(-1)
+    assert (off <= least + 1e-6 * np.abs(weight).max()).all()
+    assert scheme.form == "int4g32" + ("" if symmetric else "z") + (
+        "h" if scale_bits == 16 else "b"
+    )
+    assert scheme.scale_bytes(9, 64) == 9 * 2 * scale_bits // 8
+    assert scheme.row_scale_bytes(9) == (36 if scale_bits == 8 else 0)
