@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import msgspec
@@ -66,11 +67,12 @@ def default_samples() -> Path:
     return Path(__file__).parent / "default_samples"
 
 
-def read_samples(path: Path) -> tuple[Sample, ...]:
+def read_samples(path: Path, count: int | None = None) -> tuple[Sample, ...]:
     """Reads a set of samples; pictures are looked up but not decoded.
 
     Args:
         path: A folder, a `.jsonl` file or a `.tsv` file.
+        count: The first so many, and nothing behind them is looked at; None takes all.
 
     Raises:
         DatasetError: It is none of them, is too large, or a line of it cannot be used.
@@ -91,7 +93,7 @@ def read_samples(path: Path) -> tuple[Sample, ...]:
             "not a file of samples", where=path, got=repr(path.suffix), wanted=".jsonl or .tsv"
         )
     samples: list[Sample] = []
-    for sample in found:
+    for sample in islice(found, count):
         if len(samples) == MAX_SAMPLES:
             raise DatasetError("too many samples", where=path, wanted=f"at most {MAX_SAMPLES}")
         samples.append(sample)

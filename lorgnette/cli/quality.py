@@ -118,7 +118,7 @@ def measure(
     _leave(bundle, summary, document, as_json)
 
 
-def _read_samples(request: Request) -> tuple[list[Sample], str]:
+def _read_samples(request: Request) -> tuple[tuple[Sample, ...], str]:
     """The samples of a request and the name of their set; checks what else it needs."""
     from lorgnette.quantize.samples import default_samples, read_samples
 
@@ -126,9 +126,9 @@ def _read_samples(request: Request) -> tuple[list[Sample], str]:
         require_extra("report")
         if not request.html.absolute().parent.is_dir():
             raise LorgnetteError("no such folder", where=request.html.parent)
-    samples = read_samples(request.samples or default_samples())
+    samples = read_samples(request.samples or default_samples(), request.count or COUNT)
     name = "default" if request.samples is None else request.samples.resolve().name
-    return list(samples[: request.count or COUNT]), name
+    return samples, name
 
 
 def _tensors(bundle: Bundle, parts: Parts) -> tuple[tuple[TensorQuality, ...], str | None]:

@@ -129,7 +129,8 @@ def test_a_bit_of_an_integer_is_six_decibels(monkeypatch: pytest.MonkeyPatch) ->
 
     def rounded(bits: int) -> Matrix:
         step = np.float32(2 / 2**bits)
-        return (np.floor(weight / step) + np.float32(0.5)) * step
+        made: Matrix = (np.floor(weight / step) + np.float32(0.5)) * step
+        return made
 
     got = [sqnr_db(weight, rounded(bits)) for bits in (4, 5, 8)]
     assert got == pytest.approx([6.02 * 4, 6.02 * 5, 6.02 * 8], abs=0.1)

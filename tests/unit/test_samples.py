@@ -82,6 +82,13 @@ def test_a_file_of_lines_may_have_any_name(folder: Path) -> None:
     assert len(read_samples(folder / "mine.jsonl")) == 1
 
 
+def test_the_first_of_a_set_are_read_without_the_rest(folder: Path) -> None:
+    line = {"image": "a.png", "question": "?"}
+    write_lines(folder, line, line, "no sample")
+    assert len(read_samples(folder, 2)) == 2
+    refused(folder, "line 3")
+
+
 def test_pictures_alone_are_asked_what_is_seen_in_the_order_of_names(folder: Path) -> None:
     write_picture(folder / "B.PNG", 3)
     write_picture(folder / "c.webp", 4)
