@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,6 +14,7 @@ import torch
 import lorgnette
 from lorgnette.bundle import Bundle, list_files, open_bundle, write_manifest, writing
 from lorgnette.errors import CheckpointError, ConfigError
+from lorgnette.export.answers import OriginalAnswers, original_answers
 from lorgnette.export.check import (
     FLOAT_BOUND,
     Parts,
@@ -27,6 +29,8 @@ from lorgnette.export.component import Component, TensorSpec
 from lorgnette.export.families import find_family, open_checkpoint
 from lorgnette.export.matrices import matrices_of, matrix_names
 from lorgnette.export.prepared import prepare_samples
+from lorgnette.export.quality import measure_bundle, require_promise, summarise
+from lorgnette.export.quality_report import rounded_tensors, write_tensors
 from lorgnette.export.tokenizer_files import read_tokenizer_json
 from lorgnette.export.trace import build_module, trace
 from lorgnette.export.weights import WeightSource, check_all_used, module_shapes
@@ -44,7 +48,7 @@ from lorgnette.manifest import (
 from lorgnette.quantize.calibrate import calibrate
 from lorgnette.quantize.plan import QuantPlan
 from lorgnette.quantize.plan_file import check_rules, plan_for
-from lorgnette.quantize.samples import Sample, default_samples, read_samples
+from lorgnette.quantize.samples import Sample, default_samples, read_samples, split_samples
 from lorgnette.quantize.store import QuantizedModel
 from lorgnette.recipe import Recipe
 from lorgnette.runtime.golden import Golden, write_golden
@@ -57,9 +61,26 @@ from lorgnette.targets.target import LoweredComponent, Target
 
 DEFAULT_CONTEXT = 8192
 GOLDEN = "golden"
+DEFAULT_SET = "default"
+"""What the set of samples that comes with the package is called."""
 
 Progress = Callable[[str], None]
 """Called at the start of each step with its name."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures with questions: what is calibrated with, and what the result is measured on.
+
+    Attributes:
+        path: A set as `read_samples` takes it; None takes the one that comes with the package.
+        measure: The most samples that the answers are compared on; 0 measures nothing.
+        accept_loss: Whether a bundle may break its plan's promise.
+    """
+
+    path: Path | None = None
+    measure: int = 16
+    accept_loss: bool = False
 
 
 def export(
@@ -68,7 +89,7 @@ def export(
     recipe: Recipe,
     *,
     vision: str | Path | None = None,
-    samples: str | Path | None = None,
+    pictures: Pictures = Pictures(),
     replace: bool = False,
     progress: Progress = lambda step: None,
 ) -> tuple[Bundle, Ladder]:
@@ -79,8 +100,7 @@ def export(
         out: Where the bundle goes; ends in `.lorg`.
         recipe: What is asked for.
         vision: The vision tower where it is published apart, as `open_checkpoint` takes it.
-        samples: Pictures with questions to calibrate with, as `read_samples` takes them; None
-            takes those that come with the package.
+        pictures: What is calibrated with and measured on.
         replace: Whether a bundle at `out` may be replaced.
         progress: Told about each step.
 
@@ -89,11 +109,12 @@ def export(
 
     Raises:
         LorgnetteError: Wrong input; nothing is left behind.
-        VerifyError: The bundle was made and does not agree; nothing is left behind.
+        VerifyError: The bundle was made and does not agree, or breaks its plan's promise; nothing
+            is left behind.
     """
     progress("read checkpoint")
     plan, target = plan_for(recipe), find_target(recipe.target)
-    chosen = choose_samples(plan, samples)
+    sample_set = SampleSet.choose(plan, pictures)
     parts = read_parts(open_checkpoint(checkpoint_path, vision), recipe)
     golden_prompt(parts, golden_picture())  # refuses a context that is too small
     matrices = matrices_of(parts.components)
@@ -103,9 +124,12 @@ def export(
         raise ConfigError(f"cannot lower to {target.name}", got="; ".join(problems))
     with writing(out, replace=replace) as folder:
         with TemporaryDirectory(prefix="codes-", dir=folder) as codes:
-            quantized = quantize_parts(parts, plan, Path(codes) / "model", chosen, progress)
+            calibrating = sample_set.calibrating
+            quantized = quantize_parts(parts, plan, Path(codes) / "model", calibrating, progress)
             lowered = _lower(parts, quantized, target, folder, progress)
             golden = make_golden(parts, quantized, progress)
+            write_tensors(folder, rounded_tensors(quantized))
+        answers = sample_set.answers(parts, progress)
         progress("write manifest")
         manifest = _write(folder, parts, recipe, target, lowered, golden)
         # The checkpoint is mapped into memory: it goes before the engine's copy of it comes.
@@ -113,20 +137,61 @@ def export(
         progress("verify")
         if rounds_activations(plan):
             _verify_exact(folder, manifest, target).require(out)
-        ladder = verify(Model(open_bundle(folder)))
+        model = Model(open_bundle(folder))
+        ladder = verify(model)
         ladder.require(out)
+        if answers is not None:
+            progress("measure quality")
+            summary = summarise(
+                measure_bundle(model, answers),
+                answers,
+                plan.promise,
+                accepted_loss=pictures.accept_loss,
+            )
+            require_promise(summary, out)
+            write_manifest(folder, msgspec.structs.replace(manifest, quality=summary))
     return open_bundle(out), ladder
 
 
-def choose_samples(plan: QuantPlan, path: str | Path | None) -> tuple[Sample, ...]:
-    """The samples at a path, or those that come with the package; none where none are needed.
+@dataclass(frozen=True)
+class SampleSet:
+    """The two parts of a set of samples.
 
-    Raises:
-        DatasetError: They cannot be read.
+    Attributes:
+        name: What the set is called; nothing of its place.
+        calibrating: What is calibrated with; nothing where the plan does not ask for it.
+        measuring: What answers are compared on.
     """
-    if path is None and not plan.needs_samples:
-        return ()
-    return read_samples(default_samples() if path is None else Path(path))
+
+    name: str = ""
+    calibrating: tuple[Sample, ...] = ()
+    measuring: tuple[Sample, ...] = ()
+
+    @staticmethod
+    def choose(plan: QuantPlan, pictures: Pictures) -> SampleSet:
+        """Reads what a plan needs; floats are not measured, since their parity is exact.
+
+        Raises:
+            DatasetError: The set cannot be read.
+        """
+        measures = pictures.measure > 0 and any(rule.scheme.is_integer for rule in plan.rules)
+        if pictures.path is None and not (plan.needs_samples or measures):
+            return SampleSet()
+        name = DEFAULT_SET if pictures.path is None else pictures.path.resolve().name
+        samples = read_samples(pictures.path or default_samples())
+        calibrating, measuring = split_samples(samples)
+        return SampleSet(
+            name,
+            calibrating if plan.needs_samples else (),
+            measuring[: pictures.measure] if measures else (),
+        )
+
+    def answers(self, parts: Parts, progress: Progress) -> OriginalAnswers | None:
+        """What the original says to what is measured on; None where nothing is."""
+        if not self.measuring:
+            return None
+        progress("original answers")
+        return original_answers(parts, self.measuring, sample_set=self.name)
 
 
 def quantize_parts(

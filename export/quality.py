@@ -140,6 +140,25 @@ def measure_reference(
     return Measured(tuple(measured))
 
 
+def require_promise(summary: QualitySummary, where: object) -> None:
+    """Refuses a model that is worse than its plan promises, unless that was accepted.
+
+    Raises:
+        VerifyError: With both.
+    """
+    promise = summary.promise
+    if promise is None or promise.kept or promise.accepted_loss:
+        return
+    raise VerifyError(
+        "the answers are further from the original's than the plan promises",
+        where=where,
+        got=f"mean KL divergence {summary.kl_mean:.3g}, same answer {summary.same_answer:.1%}",
+        wanted=f"<= {promise.max_kl or 0:g} and >= {promise.min_same_answer:.1%}",
+        hint="take a plan of more bits, calibrate with pictures like those that the model is for "
+        "(--calibrate), or accept it (--accept-loss)",
+    )
+
+
 def summarise(
     measured: Measured,
     answers: OriginalAnswers,

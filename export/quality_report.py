@@ -26,6 +26,7 @@ from lorgnette.quantize.quality import (
     sqnr_db,
 )
 from lorgnette.quantize.scheme import QuantTensor
+from lorgnette.quantize.store import QuantizedModel
 
 TENSORS_FILE = "quality/tensors.json"
 """Where a bundle keeps the errors of its matrices; the manifest has room for sums alone."""
@@ -130,6 +131,18 @@ def plan_tensors(
             made = plan.quantize(matrix.component, matrix.name, weight)
             found.append(tensor_quality(matrix.component, matrix.name, weight, made, rule.method))
     return tuple(found), None if found else "no matrix is rounded to integers"
+
+
+def rounded_tensors(model: QuantizedModel) -> list[TensorQuality]:
+    """What rounding did to each matrix, rescaled ones compared with themselves before rounding."""
+    return [
+        tensor_quality(
+            source.component, name, source.unrounded(name), source.codes(name), rule.method
+        )
+        for source in model.sources.values()
+        for name in sorted(source.matrices)
+        if (rule := source.rule(name)).scheme.is_integer
+    ]
 
 
 def write_tensors(folder: Path, tensors: Sequence[TensorQuality]) -> None:

@@ -30,6 +30,8 @@ QUESTION = "What do you see?"
 """What is asked about pictures that come without questions."""
 PICTURES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 """Endings of the files that count as pictures in a folder without questions."""
+HELD_OUT = 4
+"""Of so many samples, one is for measuring."""
 MAX_SAMPLES = 10_000
 MAX_LINE_BYTES = 64 << 10
 MAX_PICTURE_BYTES = 64 << 20
@@ -101,6 +103,17 @@ def read_samples(path: Path, count: int | None = None) -> tuple[Sample, ...]:
         wanted = "pictures or samples.jsonl" if path.is_dir() else "one sample or more"
         raise DatasetError("there are no samples", where=path, wanted=wanted)
     return tuple(samples)
+
+
+def split_samples(samples: Sequence[Sample]) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    """A set in two: what is calibrated with, and every fourth sample, on which that is measured.
+
+    A set of one sample serves both.
+    """
+    if len(samples) == 1:
+        return tuple(samples), tuple(samples)
+    held = tuple(samples[HELD_OUT - 1 :: HELD_OUT]) or tuple(samples[-1:])
+    return tuple(sample for sample in samples if sample not in held), held
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
