@@ -26,7 +26,7 @@ from tests.zoo.model import Config, Params, head_size
 
 FACTORS = (32.0, 64.0)
 """Powers of two: they change exponents and nothing else."""
-CHANNELS = 4
+CHANNELS = 8
 """Outliers in each place."""
 LOUDEST = 16
 """Outliers are drawn among this many channels with the largest weights on both sides."""
