@@ -38,7 +38,7 @@ def measure(checkpoint: Path, scheme: str, count: int, folder: Path) -> tuple[Sh
     answers: list[str] = []
 
     def answer(picture: Image.Image, question: str) -> str:
-        answers.append(model.generate(picture, question, max_new_tokens=16).result().text)
+        answers.append(model.generate(picture, question, max_new_tokens=48).result().text)
         return answers[-1]
 
     tally = score(answer, count, exam=family_of(checkpoint).exam)

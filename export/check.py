@@ -15,6 +15,7 @@ from lorgnette.export.reference import Reference
 from lorgnette.export.weights import WeightSource
 from lorgnette.manifest import Bounds
 from lorgnette.quantize.plan import QuantPlan
+from lorgnette.quantize.store import QuantizedModel
 from lorgnette.runtime.golden import Golden, GoldenText, tiles_digest
 from lorgnette.runtime.preprocess import grid_for, prepare
 from lorgnette.runtime.prompt import ImagePart, Message, encode_prompt, image_slots
@@ -114,7 +115,7 @@ def bounds_for(plan: QuantPlan, golden: GoldenText) -> Bounds:
 
 def make_golden(
     parts: Parts,
-    plan: QuantPlan,
+    quantized: QuantizedModel,
     progress: Callable[[str], None],
     picture: NDArray[np.uint8] | None = None,
     question: str = QUESTION,
@@ -123,7 +124,7 @@ def make_golden(
 
     Args:
         parts: The parsed checkpoint.
-        plan: How the weights are rounded.
+        quantized: The weights as they are rounded.
         progress: Told about each step.
         picture: uint8 `[H, W, 3]`; None takes the golden picture.
         question: The text behind the picture.
@@ -144,9 +145,9 @@ def make_golden(
     logits = logits[:LOGIT_STEPS]
     del original
     rounded_tokens, rounded_logits, lost = image_tokens, logits, (0.0, 0.0)
-    if plan.name != "fp32":
+    if quantized.plan.name != "fp32":
         progress("reference, rounded weights")
-        rounded = Reference(components, parts.sources, plan)
+        rounded = Reference(components, quantized.sources)
         forced = greedy[:LOGIT_STEPS]
         rounded_tokens = rounded.encode(tiles.pixels)
         embeddings = _splice(rounded, parts, ids, rounded_tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from lorgnette.export.checkpoint import Checkpoint
 from lorgnette.export.layers.decoder import LlamaDecoder
+from lorgnette.export.layers.stages import Stage
+from lorgnette.export.layers.vision import ClipTower, SiglipTower
 from lorgnette.export.weights import Rule
 from lorgnette.recipe import Recipe
 from lorgnette.spec import ModelSpec, Preprocess, PromptSpec
@@ -83,10 +85,16 @@ class Family(Protocol):
         """The graphs to make."""
 
 
+Tower = SiglipTower | ClipTower
+
+
 class VisionEncoder(nn.Module):
     """A vision tower with its projector: uint8 tiles to image tokens."""
 
-    def __init__(self, tower: nn.Module, projector: nn.Module) -> None:
+    tower: Tower
+    projector: nn.Module
+
+    def __init__(self, tower: Tower, projector: nn.Module) -> None:
         """Joins the two."""
         super().__init__()
         self.tower = tower
@@ -95,6 +103,11 @@ class VisionEncoder(nn.Module):
     def forward(self, tiles: Tensor) -> Tensor:
         """Encodes uint8 `[G, 3, edge, edge]` to `[G, N, D]`."""
         return self.projector(self.tower(tiles))  # type: ignore[no-any-return]
+
+    def stages(self) -> list[Stage]:
+        """What runs, in order: the tower's stages, then the projector."""
+        tower = [replace(stage, prefix=f"tower.{stage.prefix}") for stage in self.tower.stages()]
+        return [*tower, Stage("projector.", self.projector)]
 
 
 class TokenEmbedding(nn.Module):
@@ -115,7 +128,7 @@ MAX_TILES = 64  # tiles of one vision call; no published picture has more than 1
 
 def vision_component(
     spec: ModelSpec,
-    tower: Callable[[], nn.Module],
+    tower: Callable[[], Tower],
     projector: Callable[[], nn.Module],
     rules: Mapping[str, Rule],
 ) -> Component:

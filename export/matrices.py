@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from torch import nn
 
@@ -11,7 +11,7 @@ from lorgnette.export.trace import build_module
 from lorgnette.targets.capabilities import Matrix
 
 
-def matrices_of(components: Iterable[Component]) -> list[Matrix]:
+def matrices_of(components: Collection[Component]) -> list[Matrix]:
     """Weights of linear layers and embedding tables, in the order of the modules; reads none."""
     found = []
     for component in components:
@@ -28,3 +28,11 @@ def matrices_of(components: Iterable[Component]) -> list[Matrix]:
                     )
                 )
     return found
+
+
+def matrix_names(components: Collection[Component]) -> dict[str, set[str]]:
+    """The parameters that a plan applies to, by component."""
+    names: dict[str, set[str]] = {component.name: set() for component in components}
+    for matrix in matrices_of(components):
+        names[matrix.component].add(matrix.name)
+    return names

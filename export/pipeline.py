@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import msgspec
 import torch
@@ -12,6 +14,7 @@ import torch
 import lorgnette
 from lorgnette.bundle import Bundle, list_files, open_bundle, write_manifest, writing
 from lorgnette.errors import CheckpointError, ConfigError
+from lorgnette.export.answers import OriginalAnswers, original_answers
 from lorgnette.export.check import (
     FLOAT_BOUND,
     Parts,
@@ -24,7 +27,10 @@ from lorgnette.export.check import (
 from lorgnette.export.checkpoint import Checkpoint
 from lorgnette.export.component import Component, TensorSpec
 from lorgnette.export.families import find_family, open_checkpoint
-from lorgnette.export.matrices import matrices_of
+from lorgnette.export.matrices import matrices_of, matrix_names
+from lorgnette.export.prepared import prepare_samples
+from lorgnette.export.quality import measure_bundle, require_promise, summarise
+from lorgnette.export.quality_report import rounded_tensors, write_tensors
 from lorgnette.export.tokenizer_files import read_tokenizer_json
 from lorgnette.export.trace import build_module, trace
 from lorgnette.export.weights import WeightSource, check_all_used, module_shapes
@@ -39,10 +45,13 @@ from lorgnette.manifest import (
     TensorEntry,
     requirements,
 )
+from lorgnette.quantize.calibrate import calibrate
 from lorgnette.quantize.plan import QuantPlan
 from lorgnette.quantize.plan_file import check_rules, plan_for
+from lorgnette.quantize.samples import Sample, default_samples, read_samples, split_samples
+from lorgnette.quantize.store import QuantizedModel
 from lorgnette.recipe import Recipe
-from lorgnette.runtime.golden import write_golden
+from lorgnette.runtime.golden import Golden, write_golden
 from lorgnette.runtime.model import TOKENIZER, Model
 from lorgnette.runtime.tokenizer import Tokenizer
 from lorgnette.runtime.verify import Ladder, verify
@@ -52,9 +61,26 @@ from lorgnette.targets.target import LoweredComponent, Target
 
 DEFAULT_CONTEXT = 8192
 GOLDEN = "golden"
+DEFAULT_SET = "default"
+"""What the set of samples that comes with the package is called."""
 
 Progress = Callable[[str], None]
 """Called at the start of each step with its name."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures with questions: what is calibrated with, and what the result is measured on.
+
+    Attributes:
+        path: A set as `read_samples` takes it; None takes the one that comes with the package.
+        measure: The most samples that the answers are compared on; 0 measures nothing.
+        accept_loss: Whether a bundle may break its plan's promise.
+    """
+
+    path: Path | None = None
+    measure: int = 16
+    accept_loss: bool = False
 
 
 def export(
@@ -63,6 +89,7 @@ def export(
     recipe: Recipe,
     *,
     vision: str | Path | None = None,
+    pictures: Pictures = Pictures(),
     replace: bool = False,
     progress: Progress = lambda step: None,
 ) -> tuple[Bundle, Ladder]:
@@ -73,6 +100,7 @@ def export(
         out: Where the bundle goes; ends in `.lorg`.
         recipe: What is asked for.
         vision: The vision tower where it is published apart, as `open_checkpoint` takes it.
+        pictures: What is calibrated with and measured on.
         replace: Whether a bundle at `out` may be replaced.
         progress: Told about each step.
 
@@ -81,10 +109,12 @@ def export(
 
     Raises:
         LorgnetteError: Wrong input; nothing is left behind.
-        VerifyError: The bundle was made and does not agree; nothing is left behind.
+        VerifyError: The bundle was made and does not agree, or breaks its plan's promise; nothing
+            is left behind.
     """
     progress("read checkpoint")
     plan, target = plan_for(recipe), find_target(recipe.target)
+    sample_set = SampleSet.choose(plan, pictures)
     parts = read_parts(open_checkpoint(checkpoint_path, vision), recipe)
     golden_prompt(parts, golden_picture())  # refuses a context that is too small
     matrices = matrices_of(parts.components)
@@ -93,28 +123,116 @@ def export(
     if problems:
         raise ConfigError(f"cannot lower to {target.name}", got="; ".join(problems))
     with writing(out, replace=replace) as folder:
-        manifest = _write(folder, parts, recipe, plan, target, progress)
+        with TemporaryDirectory(prefix="codes-", dir=folder) as codes:
+            calibrating = sample_set.calibrating
+            quantized = quantize_parts(parts, plan, Path(codes) / "model", calibrating, progress)
+            lowered = _lower(parts, quantized, target, folder, progress)
+            golden = make_golden(parts, quantized, progress)
+            write_tensors(folder, rounded_tensors(quantized))
+        answers = sample_set.answers(parts, progress)
+        progress("write manifest")
+        manifest = _write(folder, parts, recipe, target, lowered, golden)
         # The checkpoint is mapped into memory: it goes before the engine's copy of it comes.
         del parts
         progress("verify")
         if rounds_activations(plan):
             _verify_exact(folder, manifest, target).require(out)
-        ladder = verify(Model(open_bundle(folder)))
+        model = Model(open_bundle(folder))
+        ladder = verify(model)
         ladder.require(out)
+        if answers is not None:
+            progress("measure quality")
+            summary = summarise(
+                measure_bundle(model, answers),
+                answers,
+                plan.promise,
+                accepted_loss=pictures.accept_loss,
+            )
+            require_promise(summary, out)
+            write_manifest(folder, msgspec.structs.replace(manifest, quality=summary))
     return open_bundle(out), ladder
 
 
+@dataclass(frozen=True)
+class SampleSet:
+    """The two parts of a set of samples.
+
+    Attributes:
+        name: What the set is called; nothing of its place.
+        calibrating: What is calibrated with; nothing where the plan does not ask for it.
+        measuring: What answers are compared on.
+    """
+
+    name: str = ""
+    calibrating: tuple[Sample, ...] = ()
+    measuring: tuple[Sample, ...] = ()
+
+    @staticmethod
+    def choose(plan: QuantPlan, pictures: Pictures) -> SampleSet:
+        """Reads what a plan needs; floats are not measured, since their parity is exact.
+
+        Raises:
+            DatasetError: The set cannot be read.
+        """
+        measures = pictures.measure > 0 and any(rule.scheme.is_integer for rule in plan.rules)
+        if pictures.path is None and not (plan.needs_samples or measures):
+            return SampleSet()
+        name = DEFAULT_SET if pictures.path is None else pictures.path.resolve().name
+        samples = read_samples(pictures.path or default_samples())
+        calibrating, measuring = split_samples(samples)
+        return SampleSet(
+            name,
+            calibrating if plan.needs_samples else (),
+            measuring[: pictures.measure] if measures else (),
+        )
+
+    def answers(self, parts: Parts, progress: Progress) -> OriginalAnswers | None:
+        """What the original says to what is measured on; None where nothing is."""
+        if not self.measuring:
+            return None
+        progress("original answers")
+        return original_answers(parts, self.measuring, sample_set=self.name)
+
+
+def quantize_parts(
+    parts: Parts,
+    plan: QuantPlan,
+    folder: Path,
+    samples: Sequence[Sample],
+    progress: Progress,
+) -> QuantizedModel:
+    """The weights as a plan rounds them, with calibration where it asks for it.
+
+    Args:
+        parts: The parsed checkpoint.
+        plan: How weights are rounded.
+        folder: A folder to be made, where codes are kept until the model is lowered.
+        samples: What is calibrated with, where the plan asks for it.
+        progress: Told about each step.
+
+    Raises:
+        ConfigError: No sample fits the context length.
+    """
+    model = QuantizedModel(parts.sources, matrix_names(parts.components), plan, folder)
+    if plan.needs_samples:
+        prepared = [sample for sample in prepare_samples(parts, samples) if sample is not None]
+        calibrate(parts.components, model, prepared, progress)
+    return model
+
+
 def _write(
-    folder: Path, parts: Parts, recipe: Recipe, plan: QuantPlan, target: Target, progress: Progress
+    folder: Path,
+    parts: Parts,
+    recipe: Recipe,
+    target: Target,
+    lowered: Sequence[LoweredComponent],
+    golden: Golden,
 ) -> Manifest:
-    """Writes every file of the bundle, the manifest last."""
-    lowered = _lower(parts, plan, target, folder, progress)
+    """Writes what is not lowered, the manifest last."""
     tokenizer_file = folder / TOKENIZER
     tokenizer_file.parent.mkdir()
     tokenizer_file.write_bytes(parts.tokenizer_json)
-    golden = make_golden(parts, plan, progress)
     write_golden(golden, folder / GOLDEN)
-    progress("write manifest")
     manifest = Manifest(
         format=Format(major=FORMAT_MAJOR, minor=FORMAT_MINOR),
         requires=requirements(parts.preprocess),
@@ -130,7 +248,7 @@ def _write(
         ),
         preprocess=parts.preprocess,
         prompt=parts.prompt,
-        golden=GoldenEntry(folder=GOLDEN, bounds=bounds_for(plan, golden.text)),
+        golden=GoldenEntry(folder=GOLDEN, bounds=bounds_for(plan_for(recipe), golden.text)),
         files=list_files(folder),
     )
     write_manifest(folder, manifest)
@@ -225,13 +343,14 @@ def _read_tokenizer(checkpoint: Checkpoint, tokenizer_json: bytes, spec: ModelSp
 
 
 def _lower(
-    parts: Parts, plan: QuantPlan, target: Target, folder: Path, progress: Progress
+    parts: Parts, quantized: QuantizedModel, target: Target, folder: Path, progress: Progress
 ) -> list[LoweredComponent]:
     lowered = []
-    with target.open(folder, plan) as lowering:
+    with target.open(folder) as lowering:
         for component in parts.components:
             progress(f"lower {component.name}")
-            lowered.append(lowering.add(component, trace(component), parts.sources[component.name]))
+            source = quantized.sources[component.name]
+            lowered.append(lowering.add(component, trace(component), source))
     return lowered
 
 

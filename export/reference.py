@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import cast
 
 import numpy as np
@@ -17,9 +16,9 @@ from lorgnette.errors import ConfigError
 from lorgnette.export.component import Component
 from lorgnette.export.layers.decoder import LlamaDecoder
 from lorgnette.export.trace import build_module
-from lorgnette.export.weights import WeightSource, load_module
-from lorgnette.quantize.plan import QuantPlan
+from lorgnette.export.weights import ParameterSource, load_module
 from lorgnette.quantize.scheme import InputRange
+from lorgnette.quantize.store import QuantizedSource
 
 RESIDENT_BYTES = 3 * 2**30
 """Components larger than this in float32 are read layer by layer instead of held."""
@@ -28,60 +27,20 @@ Float = NDArray[np.float32]
 Hook = Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]
 
 
-class QuantizedSource(WeightSource):
-    """A weight source that answers with what a plan makes of each matrix, in float32."""
-
-    def __init__(
-        self, source: WeightSource, component: str, matrices: set[str], plan: QuantPlan
-    ) -> None:
-        """Wraps a source; `matrices` are the parameters that the plan applies to."""
-        self.__dict__.update(source.__dict__)
-        self._component = component
-        self._matrices = matrices
-        self._plan = plan
-
-    def tensor(self, name: str) -> Tensor:
-        """A parameter after rounding to its scheme."""
-        value = super().tensor(name)
-        if name not in self._matrices:
-            return value
-        scheme = self._plan.scheme_for(self._component, name)
-        if scheme.bits == 16:
-            return value.to(torch.float16).to(torch.float32)
-        if scheme.is_integer:
-            made = self._plan.quantize(self._component, name, value.numpy())
-            return torch.from_numpy(made.dequantize())
-        return value
-
-
-def matrix_names(module: nn.Module) -> set[str]:
-    """Parameters that a plan applies to: weights of linear layers and embedding tables."""
-    return {
-        f"{name}.weight"
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear | nn.Embedding)
-    }
-
-
 class Reference:
-    """Runs the components eagerly, on weights as published or as a plan rounds them.
+    """Runs the components eagerly, on weights as published or as they are rounded.
 
     Args:
         components: The components of the model, by name.
         sources: Their weights, by name.
-        plan: Rounds the weights first; None takes them as published.
     """
 
     def __init__(
-        self,
-        components: Mapping[str, Component],
-        sources: Mapping[str, WeightSource],
-        plan: QuantPlan | None = None,
+        self, components: Mapping[str, Component], sources: Mapping[str, ParameterSource]
     ) -> None:
         """Prepares the modules; large ones stay on the meta device until they run."""
         self._components = components
         self._sources = sources
-        self._plan = plan
         self._modules: dict[str, nn.Module] = {}
 
     @torch.no_grad()
@@ -158,38 +117,35 @@ class Reference:
             for spec in self._components["decoder"].cache_inputs
         ]
 
-    def round_activations(
-        self, ranges: Mapping[tuple[str, str], InputRange] = MappingProxyType({})
-    ) -> set[str]:
+    def round_activations(self) -> set[str]:
         """Makes every component round the inputs of its matrices from now on as the plan says.
 
         To 8 bits: symmetric for each position, or as onnxruntime's MatMulNBits does at accuracy
         level 4 for each position and group of the weight; or with one scale and zero point for all.
 
-        Args:
-            ranges: Those of static activations, by component and name of the weight.
-
         Returns:
             The components that have any such matrix.
 
         Raises:
-            ConfigError: A range is missing.
+            ConfigError: The range of static activations is not known.
         """
         rounded: set[str] = set()
-        if self._plan is None:
-            return rounded
-        for component in self._components:
+        for component, source in self._sources.items():
+            if not isinstance(source, QuantizedSource):
+                continue
             for name, layer in self._module(component).named_modules():
                 if not isinstance(layer, nn.Linear):
                     continue
-                scheme = self._plan.scheme_for(component, f"{name}.weight")
+                scheme = source.rule(f"{name}.weight").scheme
                 if scheme.activations == "float":
                     continue
                 if scheme.activations == "int8_static":
-                    key = (component, f"{name}.weight")
-                    if key not in ranges:
-                        raise ConfigError("no range is known of inputs", where="/".join(key))
-                    layer.register_forward_pre_hook(_static_rounding(ranges[key]))
+                    found = source.codes(f"{name}.weight").input_range
+                    if found is None:
+                        raise ConfigError(
+                            "no range is known of inputs", where=f"{component}/{name}.weight"
+                        )
+                    layer.register_forward_pre_hook(_static_rounding(found))
                 else:
                     by_group = scheme.activations == "int8_group"
                     width = scheme.group_size if by_group else layer.in_features
@@ -201,8 +157,6 @@ class Reference:
         if name not in self._modules:
             module = build_module(self._components[name])
             source = self._sources[name]
-            if self._plan is not None:
-                source = QuantizedSource(source, name, matrix_names(module), self._plan)
             size = 4 * sum(math.prod(shape) for shape in source.shapes.values())
             if size <= RESIDENT_BYTES:
                 load_module(module, source)
@@ -237,7 +191,7 @@ def _rounding(width: int) -> Hook:
     return hook
 
 
-def stream_module(module: nn.Module, source: WeightSource) -> None:
+def stream_module(module: nn.Module, source: ParameterSource) -> None:
     """Makes every layer of a meta module read its weights when it runs and drop them after."""
 
     def attach(layer: nn.Module, prefix: str) -> None:
@@ -246,11 +200,13 @@ def stream_module(module: nn.Module, source: WeightSource) -> None:
 
         def load(target: nn.Module, _: object) -> None:
             for name in names:
-                _set(target, name, source.tensor(prefix + name))
+                set_parameter(target, name, source.tensor(prefix + name))
 
         def drop(target: nn.Module, _: object, __: object) -> None:
             for name in names:
-                _set(target, name, torch.empty(source.shapes[prefix + name], device="meta"))
+                set_parameter(
+                    target, name, torch.empty(source.shapes[prefix + name], device="meta")
+                )
 
         layer.register_forward_pre_hook(load)
         layer.register_forward_hook(drop)
@@ -260,7 +216,8 @@ def stream_module(module: nn.Module, source: WeightSource) -> None:
             attach(layer, f"{path}." if path else "")
 
 
-def _set(layer: nn.Module, name: str, value: Tensor) -> None:
+def set_parameter(layer: nn.Module, name: str, value: Tensor) -> None:
+    """Puts a tensor in the place of a parameter or buffer."""
     if name in layer._parameters:
         layer._parameters[name] = nn.Parameter(value, requires_grad=False)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -53,6 +54,15 @@ class Part:
     shape: tuple[int, ...]
 
 
+class ParameterSource(Protocol):
+    """The parameters of one component, read one by one."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A parameter as float32, in the shape of the module."""
+
+
 class WeightSource:
     """The parameters of one component, read on demand and never kept.
 
@@ -74,7 +84,7 @@ class WeightSource:
     ) -> None:
         """Resolves and checks every parameter; reads nothing."""
         self.checkpoint = checkpoint
-        self.shapes = dict(shapes)
+        self.shapes: Mapping[str, tuple[int, ...]] = dict(shapes)
         self._parts: dict[str, tuple[Part, ...]] = {}
         self._computed: dict[str, Computed] = {}
         for name, shape in shapes.items():
@@ -195,7 +205,7 @@ def check_all_used(
         )
 
 
-def load_module(module: nn.Module, source: WeightSource) -> nn.Module:
+def load_module(module: nn.Module, source: ParameterSource) -> nn.Module:
     """Fills a module built on the meta device; returns it in eval mode.
 
     Memory: all its parameters in float32.

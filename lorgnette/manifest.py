@@ -14,7 +14,7 @@ from lorgnette.recipe import Recipe
 from lorgnette.spec import Frozen, ModelSpec, Preprocess, PromptSpec
 
 FORMAT_MAJOR = 2
-FORMAT_MINOR = 0
+FORMAT_MINOR = 1
 KNOWN_REQUIREMENTS: frozenset[str] = frozenset({"tiles", "square"})
 """What a bundle may ask of its reader, here kinds of preprocessing; one that asks for more is
 refused."""
@@ -82,6 +82,56 @@ class GoldenEntry(Frozen, frozen=True):
     bounds: Bounds
 
 
+class PromiseEntry(Frozen, frozen=True):
+    """What the plan promised of the answers, and whether it came true."""
+
+    max_kl: float | None
+    """Largest mean KL divergence that was promised, None where any would do."""
+    min_same_answer: float
+    """Smallest share of same answers that was promised."""
+    kept: bool
+    accepted_loss: bool = False
+    """Whether the bundle was made although the promise was broken, because that was asked for."""
+
+
+class QualitySummary(Frozen, frozen=True):
+    """How the bundle's answers about pictures differ from those of the original in float32.
+
+    The original answers greedily; both are compared at every token of that answer, the bundle
+    being fed the original's tokens. Shares are from 0 to 1.
+    """
+
+    sample_set: str
+    """Name of the set of pictures and questions."""
+    sample_set_sha256: str
+    """Digest of its questions, answers and pictures."""
+    samples: int
+    """Questions that were compared."""
+    skipped: int
+    """Questions left out because prompt and answer do not fit the context."""
+    positions: int
+    """Tokens of all answers together, at which distributions were compared."""
+    max_new_tokens: int
+    """Tokens at which an answer was cut off."""
+    kl_mean: float
+    """Mean over positions of the KL divergence from the original, in nats."""
+    kl_p95: float
+    """The value that 95 % of the positions stay under."""
+    kl_max: float
+    top1: float
+    """Share of positions at which both find the same token likeliest."""
+    same_answer: float
+    """Share of greedy answers that are the original's token for token."""
+    image_token_cosine_mean: float
+    """Mean cosine between image tokens and the original's."""
+    image_token_cosine_min: float
+    exact_match: float | None = None
+    """Share of the bundle's own answers that are the given ones, None where none are given."""
+    original_exact_match: float | None = None
+    """The same of the original's."""
+    promise: PromiseEntry | None = None
+
+
 class Manifest(Frozen, frozen=True):
     """The root of `manifest.json`."""
 
@@ -100,6 +150,8 @@ class Manifest(Frozen, frozen=True):
     prompt: PromptSpec
     golden: GoldenEntry
     files: tuple[FileEntry, ...]
+    quality: QualitySummary | None = None
+    """What rounding cost, where it was measured."""
 
     def component(self, name: str) -> ComponentEntry:
         """The component of a name.

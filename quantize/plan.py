@@ -46,6 +46,15 @@ class Rule(NamedTuple):
     scaling: Scaling = "none"
     """The file in `scaling/` that evens out channels first; none leaves them."""
 
+    @property
+    def looks_at_inputs(self) -> bool:
+        """Whether it cannot be followed without knowing what matrices are multiplied with."""
+        return self.scheme.is_integer and (
+            load_method(self.method).NEEDS_INPUTS
+            or self.scaling != "none"
+            or self.scheme.activations == "int8_static"
+        )
+
     def __str__(self) -> str:
         """The rule in a few words."""
         by = self.method if self.scaling == "none" else f"{self.scaling} and {self.method}"
@@ -69,6 +78,11 @@ class QuantPlan:
     cache_bits: Literal[8, 32] = 32
     """Bits of an element of the KV cache."""
     promise: Promise | None = None
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether it cannot be followed without pictures."""
+        return any(rule.looks_at_inputs for rule in self.rules)
 
     def find_rule(self, component: str, parameter: str) -> Rule | None:
         """The rule that decides about a weight, None where no pattern fits it."""

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from lorgnette.export.component import Component
-    from lorgnette.export.weights import WeightSource
     from lorgnette.quantize.plan import QuantPlan
+    from lorgnette.quantize.store import QuantizedSource
 
 
 class LoweredComponent(Frozen, frozen=True):
@@ -34,7 +34,7 @@ class Lowering(Protocol):
     """One export under way: components go in, files appear in the folder."""
 
     def add(
-        self, component: Component, program: ExportedProgram, source: WeightSource
+        self, component: Component, program: ExportedProgram, source: QuantizedSource
     ) -> LoweredComponent:
         """Lowers one component; its weights are read, packed and written one by one."""
 
@@ -48,7 +48,7 @@ class Target(Protocol):
     def check(self, matrices: Sequence[Matrix], plan: QuantPlan) -> Sequence[str]:
         """Every reason why a model of these matrices cannot be lowered so; empty where it can."""
 
-    def open(self, folder: Path, plan: QuantPlan) -> AbstractContextManager[Lowering]:
+    def open(self, folder: Path) -> AbstractContextManager[Lowering]:
         """Starts an export into an empty folder."""
 
     def write_exact(self, graph: Path, out: Path) -> None:

@@ -40,9 +40,9 @@ class StoredSource(WeightSource):
         if value.dim() != 2 or not name.endswith(".weight"):
             return value
         rule = self.plan.rule_for(self.component, name)
-        scheme, method = rule.scheme, rule.method
+        scheme = rule.scheme
         if scheme.is_integer:
-            made = load_method(method).quantize(value.numpy(), scheme)
+            made = load_method(rule.method).quantize(value.numpy(), scheme)
             return torch.from_numpy(made.dequantize())
         return value.half().float() if scheme.bits == 16 else value
 

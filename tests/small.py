@@ -24,6 +24,7 @@ from lorgnette.quantize.scheme import Activations, QuantScheme
 from lorgnette.targets.onnx.lowering import OnnxCpu
 from lorgnette.targets.target import LoweredComponent
 from tests.helpers import write_weights
+from tests.quantized import quantized_source
 
 Array = NDArray[Any]
 Function = Callable[[Tensor], Tensor]
@@ -94,8 +95,9 @@ def lower(
     source = WeightSource(checkpoint, module_shapes(build_module(component)), component.rules)
     out = folder / "bundle"
     out.mkdir()
-    with OnnxCpu().open(out, plan) as lowering:
-        report = lowering.add(component, trace(component), source)
+    with OnnxCpu().open(out) as lowering:
+        rounded = quantized_source(folder, component, source, plan)
+        report = lowering.add(component, trace(component), rounded)
     return Lowered(out, report, session(out / report.graph))
 
 

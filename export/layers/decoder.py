@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +12,7 @@ from lorgnette.export.layers.attention import CachedAttention
 from lorgnette.export.layers.mlp import GatedMLP
 from lorgnette.export.layers.norm import RMSNorm
 from lorgnette.export.layers.rope import rope_tables
+from lorgnette.export.layers.stages import Site, Stage, plain_site
 from lorgnette.export.weights import Computed, Rule, Stack
 from lorgnette.spec import TextSpec
 
@@ -48,6 +50,33 @@ class DecoderLayer(nn.Module):
         x = x + mixed
         return x + self.mlp(self.norm2(x)), keys, values
 
+    def sites(self) -> tuple[Site, ...]:
+        """From each norm to the matrix behind it, values to output, up to down.
+
+        Query heads that share a value head read the same channels.
+        """
+        attention, inner = self.attention, self.mlp.down_proj.in_features
+        width = attention.qkv_proj.in_features
+        size = attention.o_proj.in_features // attention.heads
+        shared = attention.heads // attention.kv_heads
+        heads = np.arange(attention.heads) // shared
+        reads = (heads[:, None] * size + np.arange(size)).reshape(-1)
+        first_value = (attention.heads + attention.kv_heads) * size
+        values = [("attention.qkv_proj.weight", first_value)]
+        if attention.qkv_proj.bias is not None:
+            values.append(("attention.qkv_proj.bias", first_value))
+        return (
+            plain_site("norm1", ("norm1.weight",), ("attention.qkv_proj.weight",), width),
+            Site("values", tuple(values), ("attention.o_proj.weight",), reads),
+            plain_site("norm2", ("norm2.weight",), ("mlp.gate_up_proj.weight",), width),
+            Site(
+                "up",
+                (("mlp.gate_up_proj.weight", inner),),
+                ("mlp.down_proj.weight",),
+                np.arange(inner),
+            ),
+        )
+
 
 class LlamaDecoder(nn.Module):
     """Input embeddings and a KV cache to the logits of the last position.
@@ -67,6 +96,7 @@ class LlamaDecoder(nn.Module):
     def __init__(self, spec: TextSpec, context_length: int) -> None:
         """Creates the decoder with rotary tables for `context_length` positions."""
         super().__init__()
+        self.kv_heads, self.head_size = spec.kv_heads, spec.head_size
         self.layers = nn.ModuleList(DecoderLayer(spec) for _ in range(spec.layers))
         self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
         self.head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
@@ -85,6 +115,15 @@ class LlamaDecoder(nn.Module):
             )
             updated += [keys, values]
         return self.head(self.norm(x[:, -1])), updated
+
+    def stages(self) -> list[Stage]:
+        """What runs, in order; the layers take more than the stage before gives."""
+        layers = [Stage(f"layers.{index}.", layer) for index, layer in enumerate(self.layers)]
+        return [*layers, Stage("norm.", self.norm), Stage("head.", self.head)]
+
+    def cache_shape(self, capacity: int) -> tuple[int, int, int, int]:
+        """The shape of a layer's key cache and of its value cache."""
+        return (1, self.kv_heads, capacity, self.head_size)
 
 
 def llama_rules(prefix: str, head: str, spec: TextSpec, context_length: int) -> dict[str, Rule]:

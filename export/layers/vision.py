@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lorgnette.export.layers.attention import BidirectionalAttention
 from lorgnette.export.layers.mlp import MLP, Activation
 from lorgnette.export.layers.patch_embed import PatchEmbedding
+from lorgnette.export.layers.stages import DropFirst, Site, Stage, plain_site, run_stages
 from lorgnette.export.weights import Computed, Flatten, Rule
 from lorgnette.spec import VisionSpec
 
@@ -31,6 +32,25 @@ class VisionLayer(nn.Module):
         x = x + self.attention(self.norm1(x))
         return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
 
+    def sites(self) -> tuple[Site, ...]:
+        """From each norm to the matrices behind it, and from values to the output projection.
+
+        Attention weighs values channel by channel; a GELU lies between the two matrices of the
+        feed-forward, which therefore are no site.
+        """
+        width = self.attention.q_proj.in_features
+        heads = tuple(f"attention.{name}_proj.weight" for name in "qkv")
+        values = ("attention.v_proj.weight", "attention.v_proj.bias")
+        return (
+            plain_site("norm1", ("norm1.weight", "norm1.bias"), heads, width),
+            plain_site("values", values, ("attention.out_proj.weight",), width),
+            plain_site("norm2", ("norm2.weight", "norm2.bias"), ("mlp.fc1.weight",), width),
+        )
+
+
+def _layer_stages(layers: nn.ModuleList) -> list[Stage]:
+    return [Stage(f"layers.{index}.", layer) for index, layer in enumerate(layers)]
+
 
 class SiglipTower(nn.Module):
     """Tiles to patch features, final norm applied.
@@ -50,10 +70,12 @@ class SiglipTower(nn.Module):
 
     def forward(self, tiles: Tensor) -> Tensor:
         """Encodes a batch of tiles."""
-        x = self.embed(tiles)
-        for layer in self.layers:
-            x = layer(x)
-        return self.norm(x)  # type: ignore[no-any-return]
+        return run_stages(self.stages(), tiles)
+
+    def stages(self) -> list[Stage]:
+        """What runs, in order."""
+        layers = _layer_stages(self.layers)
+        return [Stage("embed.", self.embed), *layers, Stage("norm.", self.norm)]
 
 
 class ClipTower(nn.Module):
@@ -74,13 +96,16 @@ class ClipTower(nn.Module):
         )
         self.pre_norm = nn.LayerNorm(spec.hidden_size, eps=spec.norm_eps)
         self.layers = nn.ModuleList(VisionLayer(spec, "quick_gelu") for _ in range(spec.layers))
+        self.patches = DropFirst()
 
     def forward(self, tiles: Tensor) -> Tensor:
         """Encodes a batch of tiles."""
-        x = self.pre_norm(self.embed(tiles))
-        for layer in self.layers:
-            x = layer(x)
-        return x[:, 1:]  # type: ignore[no-any-return]
+        return run_stages(self.stages(), tiles)
+
+    def stages(self) -> list[Stage]:
+        """What runs, in order."""
+        first = [Stage("embed.", self.embed), Stage("pre_norm.", self.pre_norm)]
+        return [*first, *_layer_stages(self.layers), Stage("", self.patches)]
 
 
 def siglip_rules(

@@ -54,6 +54,24 @@ EXCLUSIVE = (("longest_edge", "max_tiles"), ("quant", "plan"))
     help="A TOML file of choices; the options here go before it.",
 )
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A choice by its name.")
+@click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path),
+    help="Pictures with questions to calibrate with and measure on: a folder or a .jsonl file."
+    "  [drawn ones that come with lorgnette]",
+)
+@click.option(
+    "--measure",
+    type=click.IntRange(min=0),
+    default=16,
+    show_default=True,
+    help="The most questions that answers are compared with the original's on; 0 for none.",
+)
+@click.option(
+    "--accept-loss",
+    is_flag=True,
+    help="Make the bundle even if it is worse than its plan promises.",
+)
 @click.option("--force", is_flag=True, help="Replace a bundle that stands there.")
 def export(
     checkpoint: Path,
@@ -68,6 +86,9 @@ def export(
     split: bool | None,
     recipe_file: Path | None,
     settings: tuple[str, ...],
+    calibrate: Path | None,
+    measure: int,
+    accept_loss: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -89,6 +110,7 @@ def export(
     given = {key: value for key, value in options.items() if value is not None}
     recipe = build_recipe(recipe_file, settings, given)
     require_extra("export")
+    from lorgnette.export.pipeline import Pictures
     from lorgnette.export.pipeline import export as run_export
     from lorgnette.runtime.golden import read_golden
 
@@ -97,7 +119,13 @@ def export(
     started = time.perf_counter()
     with steps() as progress:
         bundle, ladder = run_export(
-            checkpoint, out, recipe, vision=vision, replace=force, progress=progress
+            checkpoint,
+            out,
+            recipe,
+            vision=vision,
+            pictures=Pictures(calibrate, measure, accept_loss),
+            replace=force,
+            progress=progress,
         )
     document = _document(bundle, ladder, read_golden(bundle).text, time.perf_counter() - started)
     if as_json:
@@ -205,6 +233,7 @@ def _document(
             "image_tokens": golden.rounding_image_tokens,
             "logits": golden.rounding_logits,
         },
+        "quality": msgspec.to_builtins(manifest.quality),
     }
 
 
@@ -221,6 +250,11 @@ def _print_summary(document: Mapping[str, Any], bundle: Bundle, ladder: Ladder) 
             f"Rounding the weights moved the image tokens by {rounding['image_tokens']:.2%} and "
             f"the logits by {rounding['logits']:.2%}."
         )
+    summary = bundle.manifest.quality
+    if summary is not None:
+        from lorgnette.report.lines import summary_rows
+
+        click.echo(printable("\n".join(table(summary_rows(summary), indent=""))))
 
 
 def component_lines(components: Sequence[ComponentEntry]) -> list[str]:

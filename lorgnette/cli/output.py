@@ -23,7 +23,10 @@ EXIT_PIPE = 141
 """What a shell reports of a program whose reader went away: 128 + SIGPIPE."""
 DEBUG = "lorgnette.debug"
 """Where a context keeps whether --debug was given."""
-EXTRA_MODULES = {"export": ("torch", "onnx", "onnx_ir", "jinja2", "gguf")}
+EXTRA_MODULES = {
+    "export": ("torch", "onnx", "onnx_ir", "jinja2", "gguf"),
+    "report": ("matplotlib",),
+}
 """The top-level modules that an extra adds to the base install."""
 
 

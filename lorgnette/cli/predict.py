@@ -105,13 +105,10 @@ def _blobs(shape: tuple[int, ...], rule: Rule | None) -> list[tuple[str, int]]:
 
 def checkpoint_weight_bytes(parts: Parts) -> dict[str, int]:
     """Predicted size of the weight file under every named plan."""
-    from lorgnette.export.reference import matrix_names
-    from lorgnette.export.trace import build_module
+    from lorgnette.export.matrices import matrix_names
     from lorgnette.quantize.plan import PLANS
 
-    matrices = {
-        component.name: matrix_names(build_module(component)) for component in parts.components
-    }
+    matrices = matrix_names(parts.components)
     return {
         name: bundle_weight_bytes(parts.sources, matrices, plan) for name, plan in PLANS.items()
     }

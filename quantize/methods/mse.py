@@ -37,17 +37,27 @@ def quantize(
     Inference", arXiv 1902.06822, equations 2 and 3 (steps of least squared error by search).
     """
     del inputs
-    return by_rows(weight, scheme, lambda groups: _searched(groups, scheme))
+    return by_rows(weight, scheme, lambda groups: searched(groups, scheme))
 
 
-def _searched(groups: Groups, scheme: QuantScheme) -> Rounded:
+def searched(
+    groups: Groups, scheme: QuantScheme, weights: NDArray[np.float32] | None = None
+) -> Rounded:
+    """Rounds groups `[rows, groups, group_size]` with the best steps; see `quantize`.
+
+    Args:
+        groups: What is rounded.
+        scheme: What is wanted.
+        weights: How much the squared error of each place of a group counts, `[group_size]`, above
+            0 and not all too small; alike if left out.
+    """
     plain = rtn.rounded(groups, scheme)
     # In units of round to nearest's step nothing can overflow.
     units = groups * rtn.inverse(plain[1])[:, :, None]
-    stretch, zeros = _best(units, plain[2], scheme)
-    found = _fit(units, stretch, zeros, scheme)
+    stretch, zeros = _best(units, plain[2], scheme, weights)
+    found = _fit(units, stretch, zeros, scheme, weights)
     before = plain[0], np.ones_like(plain[1]), plain[2]
-    better = _errors(units, found) < _errors(units, before)
+    better = _errors(units, found, weights) < _errors(units, before, weights)
     chosen = (
         np.where(better[:, :, None], found[0], plain[0]),
         np.where(better, found[1] * plain[1], plain[1]),
@@ -57,7 +67,10 @@ def _searched(groups: Groups, scheme: QuantScheme) -> Rounded:
 
 
 def _best(
-    units: Groups, zeros: NDArray[np.float32], scheme: QuantScheme
+    units: Groups,
+    zeros: NDArray[np.float32],
+    scheme: QuantScheme,
+    weights: NDArray[np.float32] | None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The stretch and the zero point of each group whose codes explain most of it."""
     last = np.float32((1 << scheme.bits) - 1)
@@ -68,7 +81,7 @@ def _best(
     def attempt(stretch: NDArray[np.float32], zeros: NDArray[np.float32]) -> None:
         np.multiply(units, stretch[:, :, None], out=codes)
         _to_codes(codes, zeros, last)
-        gain = _explained(units, codes)
+        gain = _explained(units, codes, weights)
         better = gain > most
         most[better] = gain[better]
         best_stretch[better] = stretch[better]
@@ -89,12 +102,23 @@ def _to_codes(scaled: Groups, zeros: NDArray[np.float32], last: np.float32) -> N
     np.clip(scaled, low, high, out=scaled)
 
 
-def _explained(units: Groups, codes: Groups) -> NDArray[np.float32]:
+def _dot(a: Groups, b: Groups, weights: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    """`<a, b>` of each group, weighted or not."""
+    if weights is None:
+        plain: NDArray[np.float32] = np.einsum("rgs,rgs->rg", a, b)
+        return plain
+    product: NDArray[np.float32] = np.matmul(a * b, weights)
+    return product
+
+
+def _explained(
+    units: Groups, codes: Groups, weights: NDArray[np.float32] | None
+) -> NDArray[np.float32]:
     """`<w, q>**2 / <q, q>`: what the best scale for these codes takes off the squared error."""
-    along = np.einsum("rgs,rgs->rg", units, codes)
-    square = np.einsum("rgs,rgs->rg", codes, codes)
-    explained: NDArray[np.float32] = along * along / np.where(square > 0, square, 1)
-    return explained
+    along, square = _dot(units, codes, weights), _dot(codes, codes, weights)
+    along *= along
+    along /= np.where(square > 0, square, np.float32(1))
+    return along
 
 
 def _fit(
@@ -102,22 +126,25 @@ def _fit(
     stretch: NDArray[np.float32],
     zeros: NDArray[np.float32],
     scheme: QuantScheme,
+    weights: NDArray[np.float32] | None,
 ) -> Rounded:
     """Codes, scales in units and zero points: least squares, then the nearest codes again."""
     last = np.float32((1 << scheme.bits) - 1)
     codes = units * stretch[:, :, None]
     _to_codes(codes, zeros, last)
-    along = np.einsum("rgs,rgs->rg", units, codes)
-    square = np.einsum("rgs,rgs->rg", codes, codes)
-    scales = np.divide(along, square, out=np.ones_like(along), where=square > 0)
+    along, square = _dot(units, codes, weights), _dot(codes, codes, weights)
+    scales: NDArray[np.float32] = np.divide(
+        along, square, out=np.ones_like(along), where=square > 0
+    )
     np.multiply(units, rtn.inverse(scales)[:, :, None], out=codes)
     _to_codes(codes, zeros, last)
     return codes + zeros[:, :, None], scales, zeros
 
 
-def _errors(units: Groups, made: Rounded) -> NDArray[np.float32]:
+def _errors(
+    units: Groups, made: Rounded, weights: NDArray[np.float32] | None
+) -> NDArray[np.float32]:
     codes, scales, zeros = made
     off = (codes - zeros[:, :, None]) * scales[:, :, None]
     off -= units
-    errors: NDArray[np.float32] = np.einsum("rgs,rgs->rg", off, off)
-    return errors
+    return _dot(off, off, weights)

@@ -62,15 +62,16 @@ class Ladder:
                 )
 
 
-def verify(model: Model, golden: Golden | None = None) -> Ladder:
+def verify(model: Model, golden: Golden | None = None, bounds: Bounds | None = None) -> Ladder:
     """Climbs the ladder.
 
     Args:
         model: The bundle under test.
         golden: What to compare with; None takes the bundle's own golden data.
+        bounds: How far it may be from that; None takes the bundle's own bounds.
     """
     golden = golden or read_golden(model.bundle)
-    bounds = model.manifest.golden.bounds
+    bounds = bounds or model.manifest.golden.bounds
     tiles = prepare(golden.picture, model.manifest.preprocess)
     rungs = [_pixels(tiles, golden)]
     if rungs[-1].passed:

@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 
 from lorgnette.errors import ConfigError
 from lorgnette.export.component import Component, TensorSpec
-from lorgnette.export.weights import WeightSource
-from lorgnette.quantize.plan import QuantPlan
 from lorgnette.quantize.scales import split_scales
 from lorgnette.quantize.scheme import InputRange, QuantScheme, QuantTensor
+from lorgnette.quantize.store import QuantizedSource
 from lorgnette.targets.onnx.weight_file import WeightFile
 
 if TYPE_CHECKING:
@@ -49,14 +48,11 @@ class GraphBuilder:
 
     Args:
         component: What is lowered.
-        source: Its weights.
-        plan: How matrices are stored.
+        source: Its weights, and how they are rounded.
         weights: Where they are stored.
     """
 
-    def __init__(
-        self, component: Component, source: WeightSource, plan: QuantPlan, weights: WeightFile
-    ) -> None:
+    def __init__(self, component: Component, source: QuantizedSource, weights: WeightFile) -> None:
         """Starts an empty graph."""
         self.component = component
         self.inputs = [_io_value(s) for s in (*component.inputs, *component.cache_inputs)]
@@ -64,13 +60,11 @@ class GraphBuilder:
         self.weight_bytes: Counter[str] = Counter()
         self.kept_in_float: dict[str, str] = {}
         self._source = source
-        self._plan = plan
         self._weights = weights
         self._nodes: list[ir.Node] = []
         self._weight_nodes: list[ir.Node] = []
         self._initializers: dict[str, ir.Value] = {}
         self._shared: dict[str, ir.Value] = {}
-        self._held: tuple[str, QuantTensor] | None = None
 
     def node(
         self,
@@ -117,7 +111,7 @@ class GraphBuilder:
 
     def scheme(self, parameter: str) -> QuantScheme:
         """The planned scheme of a matrix."""
-        return self._plan.scheme_for(self.component.name, parameter)
+        return self._source.rule(parameter).scheme
 
     def columns(self, parameter: str) -> int:
         """The columns of a matrix."""
@@ -125,7 +119,7 @@ class GraphBuilder:
 
     def keep_in_float(self, parameter: str, reason: str) -> None:
         """Tells that a weight stays float32, where the plan asked for something else."""
-        rule = self._plan.find_rule(self.component.name, parameter)
+        rule = self._source.find_rule(parameter)
         if rule is not None and rule.scheme.bits != 32:
             self.kept_in_float[parameter] = reason
 
@@ -138,7 +132,7 @@ class GraphBuilder:
 
         def make() -> NDArray[np.generic]:
             with np.errstate(over="ignore"):  # told below
-                array = self._source.array(parameter).astype(dtype)
+                array = self._source.unrounded(parameter).astype(dtype)
             if not np.isfinite(array).all():
                 raise ConfigError(
                     f"weight '{parameter}' has values too large for float16",
@@ -213,7 +207,7 @@ class GraphBuilder:
         Raises:
             ConfigError: It says nothing.
         """
-        found = self._made(parameter).input_range
+        found = self._source.codes(parameter).input_range
         if found is None:
             raise ConfigError(
                 "no range is known of the inputs of a matrix",
@@ -267,19 +261,12 @@ class GraphBuilder:
         take: Callable[[QuantTensor], NDArray[np.generic]],
     ) -> ir.Value:
         """One array of a quantised matrix."""
-
-        def make() -> NDArray[np.generic]:
-            return take(self._made(parameter))
-
-        method = self._plan.rule_for(self.component.name, parameter).method
-        return self._stored(parameter, f"{scheme.form}.{part}", shape, make, method)
-
-    def _made(self, parameter: str) -> QuantTensor:
-        """A quantised matrix; the last one is held, so that it is made once."""
-        if self._held is None or self._held[0] != parameter:
-            weight = self._source.array(parameter)
-            self._held = (parameter, self._plan.quantize(self.component.name, parameter, weight))
-        return self._held[1]
+        return self._stored(
+            parameter,
+            f"{scheme.form}.{part}",
+            shape,
+            lambda: take(self._source.codes(parameter)),
+        )
 
     def finish(self, outputs: Sequence[ir.Value]) -> ir.Model:
         """Names the outputs and closes the graph."""
@@ -304,12 +291,11 @@ class GraphBuilder:
         form: str,
         shape: tuple[int, ...],
         make: Callable[[], NDArray[np.generic]],
-        method: str = "",
     ) -> ir.Value:
         name = f"{parameter}.{form}"
         if name not in self._initializers:
-            origin = self._source.origin(parameter) or f"{self.component.name}/{parameter}"
-            tensor, written = self._weights.add(f"{origin}.{form}.{method}", name, shape, make)
+            key = f"{self._source.storage_key(parameter)}.{form}"
+            tensor, written = self._weights.add(key, name, shape, make)
             self.weight_bytes[form.split(".", maxsplit=1)[0]] += written
             self._add_initializer(name, shape, tensor)
         return self._initializers[name]

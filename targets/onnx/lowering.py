@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from lorgnette.export.component import Component
-    from lorgnette.export.weights import WeightSource
+    from lorgnette.quantize.store import QuantizedSource
     from lorgnette.targets.onnx.weight_file import WeightFile
 
 FLOATS = SchemeRange(bits=(16, 32))
@@ -59,14 +59,13 @@ WEIGHTS = "weights.bin"
 class OnnxLowering:
     """An export to ONNX under way."""
 
-    def __init__(self, folder: Path, plan: QuantPlan, weights: WeightFile) -> None:
+    def __init__(self, folder: Path, weights: WeightFile) -> None:
         """Writes graphs to `folder`, beside the weight file that they share."""
         self._folder = folder
-        self._plan = plan
         self._weights = weights
 
     def add(
-        self, component: Component, program: ExportedProgram, source: WeightSource
+        self, component: Component, program: ExportedProgram, source: QuantizedSource
     ) -> LoweredComponent:
         """Lowers one component; its weights are read, packed and written one by one."""
         import onnx_ir as ir
@@ -74,7 +73,7 @@ class OnnxLowering:
         from lorgnette.targets.onnx.fuse import fuse_quick_gelus, fuse_skip_norms
         from lorgnette.targets.onnx.graph import GraphBuilder, build_graph
 
-        builder = GraphBuilder(component, source, self._plan, self._weights)
+        builder = GraphBuilder(component, source, self._weights)
         model = build_graph(builder, program)
         fuse_skip_norms(model)
         fuse_quick_gelus(model)
@@ -125,13 +124,13 @@ class OnnxCpu:
         return problems
 
     @contextmanager
-    def open(self, folder: Path, plan: QuantPlan) -> Iterator[OnnxLowering]:
+    def open(self, folder: Path) -> Iterator[OnnxLowering]:
         """Starts an export into an empty folder."""
         from lorgnette.targets.onnx.weight_file import WeightFile
 
         (folder / GRAPHS).mkdir()
         with WeightFile(folder / GRAPHS / WEIGHTS) as weights:
-            yield OnnxLowering(folder, plan, weights)
+            yield OnnxLowering(folder, weights)
 
     def write_exact(self, graph: Path, out: Path) -> None:
         """Writes a twin of a lowered graph that has the same weights and rounds no activations."""

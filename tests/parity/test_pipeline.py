@@ -33,6 +33,7 @@ from lorgnette.runtime.preprocess import prepare
 from lorgnette.targets.onnx import integer_matmul, operators
 from lorgnette.targets.onnx.arguments import Known, graph_value, weight_name
 from lorgnette.targets.onnx.graph import GraphBuilder
+from tests.quantized import quantized_model
 
 CHECKPOINT = Path(__file__).parents[1] / "zoo" / "checkpoints" / "smolvlm-tiny"
 
@@ -329,16 +330,16 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("scheme", [None, "int4"])
 def test_reading_layer_by_layer_gives_the_same_numbers(
-    monkeypatch: pytest.MonkeyPatch, reads: list[str], scheme: str | None
+    monkeypatch: pytest.MonkeyPatch, reads: list[str], scheme: str | None, tmp_path: Path
 ) -> None:
     parts = read_parts(open_files(CHECKPOINT), Recipe())
     components = {component.name: component for component in parts.components}
-    plan = None if scheme is None else find_plan(scheme)
+    model = quantized_model(tmp_path, components, parts.sources, find_plan(scheme or "fp32"))
     tiles = prepare(golden_picture(), parts.preprocess).pixels
     ids = [1, 40, 80, 120]
 
     def numbers() -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
-        reference = Reference(components, parts.sources, plan)
+        reference = Reference(components, model.sources)
         embeddings = reference.embed(ids)
         logits, answer = reference.generate(embeddings, 3, ())
         logits = np.concatenate([logits, reference.follow(embeddings, answer)])
@@ -366,14 +367,17 @@ def test_a_streamed_module_holds_nothing_between_runs() -> None:
     assert all(value.is_meta for value in module.state_dict().values())
 
 
-def test_a_plan_changes_only_what_it_rounds() -> None:
+def test_a_plan_changes_only_what_it_rounds(tmp_path: Path) -> None:
     parts = read_parts(open_files(CHECKPOINT), Recipe())
     components = {component.name: component for component in parts.components}
     ids = [5, 6, 7]
     plain = Reference(components, parts.sources).embed(ids)
-    same = Reference(components, parts.sources, PLANS["fp32"]).embed(ids)
-    half = Reference(components, parts.sources, PLANS["fp16"]).embed(ids)
-    int4 = Reference(components, parts.sources, PLANS["int4"]).embed(ids)
+    same, half, int4 = (
+        Reference(
+            components, quantized_model(tmp_path, components, parts.sources, plan).sources
+        ).embed(ids)
+        for plan in (PLANS["fp32"], PLANS["fp16"], PLANS["int4"])
+    )
     np.testing.assert_array_equal(plain, same)
     # The checkpoint is stored in float16, so this rounding changes nothing.
     np.testing.assert_array_equal(plain, half)
@@ -409,8 +413,15 @@ def test_followed_tokens_give_the_logits_that_greedy_ones_were_chosen_from() -> 
 
 def test_golden_data_is_small_and_of_the_original(tmp_path: Path) -> None:
     parts = read_parts(open_files(CHECKPOINT), Recipe())
-    plain = make_golden(parts, PLANS["fp32"], lambda step: None)
-    rounded = make_golden(parts, PLANS["int4"], lambda step: None)
+    components = {component.name: component for component in parts.components}
+    plain, rounded = (
+        make_golden(
+            parts,
+            quantized_model(tmp_path, components, parts.sources, PLANS[name]),
+            lambda step: None,
+        )
+        for name in ("fp32", "int4")
+    )
     greedy = plain.text.original_greedy_ids
     assert rounded.text.original_greedy_ids == greedy
     assert 1 <= len(greedy) <= GREEDY_TOKENS

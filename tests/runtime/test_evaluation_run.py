@@ -28,7 +28,7 @@ from tests.runtime.evaluation_support import (
     write_tsv,
 )
 from tests.runtime.support import FakeEngine, picture, prompt_ids, user
-from tests.zoo.questions import HELD_OUT, draw_sample
+from tests.zoo.questions import HELD_OUT, WORDS, draw_sample
 
 Fake = tuple[Model, FakeEngine]
 DEFAULT = Settings()
@@ -457,7 +457,7 @@ def test_a_trained_model_scores_what_it_scores_otherwise(model: Model, tmp_path:
     # The same questions asked through the Python interface, compared by hand.
     rows, wanted = [], []
     for n in range(18):
-        sample = draw_sample(HELD_OUT, n)
+        sample = draw_sample(HELD_OUT, n, WORDS)
         path = tmp_path / "picture.png"
         sample.scene.image.save(path)
         question = sample.question

@@ -18,6 +18,7 @@ from lorgnette.targets.onnx.lowering import OnnxCpu
 from lorgnette.targets.target import LoweredComponent
 from tests.eager import Eager, prompt_ids, random_tiles
 from tests.helpers import Config, make_checkpoint, tiny_config
+from tests.quantized import quantized_model
 from tests.rounding import round_inputs
 from tests.small import Array, session
 
@@ -94,9 +95,10 @@ def lower_all(folder: Path, plain: Eager, plan: QuantPlan, *, exact: bool = Fals
     eager = Eager(plain.folder, plan)
     reports = {}
     folder.mkdir()
-    with OnnxCpu().open(folder, plan) as lowering:
+    model = quantized_model(folder.parent, plain.components, plain.sources, plan)
+    with OnnxCpu().open(folder) as lowering:
         for name, component in plain.components.items():
-            reports[name] = lowering.add(component, plain.programs[name], plain.sources[name])
+            reports[name] = lowering.add(component, plain.programs[name], model.sources[name])
     paths = {name: folder / report.graph for name, report in reports.items()}
     for name, path in paths.items() if exact else ():
         paths[name] = path.with_name(f"exact_{path.name}")

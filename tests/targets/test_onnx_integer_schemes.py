@@ -27,8 +27,9 @@ from lorgnette.export.weights import WeightSource, module_shapes
 from lorgnette.quantize.methods import rtn
 from lorgnette.quantize.plan import QuantPlan, Rule
 from lorgnette.quantize.scheme import InputRange, QuantScheme, QuantTensor
-from lorgnette.targets.onnx.graph import GraphBuilder
+from lorgnette.quantize.store import QuantizedSource
 from lorgnette.targets.onnx.lowering import MATRICES, OnnxCpu
+from tests.quantized import quantized_source
 from tests.small import Array, Lowered, draw, lower, of_width, session, tensor_folder, weights_of
 
 RANGE = InputRange(scale=0.03, zero_point=100)
@@ -70,13 +71,12 @@ def replace_scheme(scheme: QuantScheme, *, per_tensor: bool) -> QuantScheme:
 def calibrated(ranges: dict[str, InputRange] | None = None) -> Iterator[None]:
     """Matrices come with the range of their inputs, as calibration would give them."""
 
-    def made(builder: GraphBuilder, parameter: str) -> QuantTensor:
+    def made(source: QuantizedSource, parameter: str) -> QuantTensor:
         how = (ranges or {}).get(parameter, RANGE)
-        weight = builder._source.array(parameter)
-        return quantized(weight, builder.scheme(parameter), how)
+        return quantized(source.unrounded(parameter), source.rule(parameter).scheme, how)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GraphBuilder, "_made", made)
+        patch.setattr(QuantizedSource, "codes", made)
         yield
 
 
@@ -315,14 +315,17 @@ def test_the_reference_wants_a_range_for_each_static_matrix() -> None:
     component = of_width(lambda: nn.Sequential(nn.Linear(64, 8)))
     with TemporaryDirectory() as folder:
         checkpoint = tensor_folder(Path(folder) / "c", weights_of(component))
-        source = WeightSource(checkpoint, module_shapes(build_module(component)), component.rules)
-        reference = Reference({"decoder": component}, {"decoder": source}, plan_for(STATIC))
+        shapes = module_shapes(build_module(component))
+        published = WeightSource(checkpoint, shapes, component.rules)
+        source = quantized_source(Path(folder), component, published, plan_for(STATIC))
+        reference = Reference({"decoder": component}, {"decoder": source})
         with pytest.raises(ConfigError, match=r"decoder/0\.weight"):
             reference.round_activations()
-        assert reference.round_activations({("decoder", "0.weight"): RANGE}) == {"decoder"}
+        made = replace(source.codes("0.weight"), input_range=RANGE)
+        source.place("0.weight", made)
+        assert reference.round_activations() == {"decoder"}
         module = reference._module("decoder")
         x = torch.from_numpy(draw(1, 3, 64))
-        made = rtn.quantize(source.array("0.weight"), STATIC)
         (rounded,) = _static_rounding(RANGE)(module, (x,))
         wanted = rounded @ torch.from_numpy(made.dequantize()).T + source.tensor("0.bias")
         assert (module(x) - wanted).abs().max() <= 1e-5

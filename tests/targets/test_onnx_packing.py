@@ -27,6 +27,7 @@ from lorgnette.targets.capabilities import Matrix, SchemeRange
 from lorgnette.targets.onnx.lowering import MATRICES, TABLES, OnnxCpu
 from tests.eager import Eager
 from tests.helpers import make_checkpoint, tiny_config
+from tests.quantized import quantized_model
 from tests.small import Lowered, draw, lower, of_width, plan_of, single, weights_of
 
 Bytes = NDArray[np.uint8]
@@ -268,9 +269,11 @@ def test_table_and_head_are_one_where_they_hold_the_same(
     tmp_path: Path, tied: Eager, head: QuantScheme, method: str, shared: bool
 ) -> None:
     rules = (Rule("decoder/head.weight", head, method), Rule("*", INT4Z))
-    with OnnxCpu().open(tmp_path, QuantPlan("p", "", rules)) as lowering:
+    plan = QuantPlan("p", "", rules)
+    model = quantized_model(tmp_path, tied.components, tied.sources, plan)
+    with OnnxCpu().open(tmp_path) as lowering:
         for name in ("token_embedding", "decoder"):
-            lowering.add(tied.components[name], tied.programs[name], tied.sources[name])
+            lowering.add(tied.components[name], tied.programs[name], model.sources[name])
     places: dict[str, list[tuple[str, str]]] = {}
     for file in ("token_embedding", "decoder"):
         model = onnx.load(tmp_path / "graphs" / f"{file}.onnx", load_external_data=False)

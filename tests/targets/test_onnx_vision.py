@@ -28,6 +28,7 @@ from lorgnette.spec import VisionSpec
 from lorgnette.targets.onnx.lowering import OnnxCpu
 from tests.eager import StoredSource, random_tiles
 from tests.projector_weights import random_tensors
+from tests.quantized import quantized_source
 from tests.rounding import round_inputs
 from tests.small import (
     WIDTH,
@@ -334,8 +335,9 @@ def lower_encoder(
     source.component, source.plan = component.name, PLANS["fp32"]
     out = folder / "bundle"
     out.mkdir()
-    with OnnxCpu().open(out, PLANS[plan]) as lowering:
-        report = lowering.add(component, program, source)
+    with OnnxCpu().open(out) as lowering:
+        rounded = quantized_source(folder, component, source, PLANS[plan])
+        report = lowering.add(component, program, rounded)
     source.plan = PLANS[plan]
     module = load_module(build_module(component), source)
     return Lowered(out, report, session(out / report.graph)), module

@@ -21,6 +21,7 @@ from lorgnette.targets.onnx.weight_file import PAGE_BYTES, SMALL_ALIGN_BYTES, We
 from lorgnette.targets.target import LoweredComponent
 from tests.eager import Eager
 from tests.helpers import make_checkpoint, tiny_config
+from tests.quantized import quantized_model
 from tests.small import lower, single, weights_of
 
 Place = tuple[int, int]
@@ -38,9 +39,10 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Eager:
 
 def lowered(folder: Path, eager: Eager, plan: QuantPlan) -> dict[str, LoweredComponent]:
     folder.mkdir()
-    with OnnxCpu().open(folder, plan) as lowering:
+    model = quantized_model(folder.parent, eager.components, eager.sources, plan)
+    with OnnxCpu().open(folder) as lowering:
         return {
-            name: lowering.add(component, eager.programs[name], eager.sources[name])
+            name: lowering.add(component, eager.programs[name], model.sources[name])
             for name, component in eager.components.items()
         }
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.runtime.evaluation_support import base64_of, encoded_picture, row, write_tsv
 from tests.unit.cli_helpers import bundle, call, document, process, start
-from tests.zoo.questions import HELD_OUT, draw_sample
+from tests.zoo.questions import HELD_OUT, WORDS, draw_sample
 
 SLOW = """
 import sys, time
@@ -32,7 +32,7 @@ def zoo_file(folder: Path, count: int = 12) -> Path:
     """Questions that the bundle was trained for."""
     rows = []
     for n in range(count):
-        sample = draw_sample(HELD_OUT, n)
+        sample = draw_sample(HELD_OUT, n, WORDS)
         path = folder / "picture.png"
         sample.scene.image.save(path)
         image = base64_of(path.read_bytes())

@@ -215,7 +215,7 @@ def test_a_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
         Path(folder, file).relative_to(source).as_posix()
         for folder, _, files in os.walk(source / "lorgnette", followlinks=True)
         for file in files
-        if file.endswith((".py", "py.typed"))
+        if file.endswith((".py", "py.typed")) or Path(folder).name == "default_samples"
     }
     assert packed == wanted
     assert {

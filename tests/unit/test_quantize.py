@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lorgnette.errors import EXIT_WRONG_INPUT, ConfigError
 from lorgnette.quantize.methods import load_method, mse, rtn
 from lorgnette.quantize.plan import PLANS, QuantPlan, Rule, find_plan
-from lorgnette.quantize.reference import rtn_group
+from lorgnette.quantize.reference.rounding import rtn_group
 from lorgnette.quantize.scheme import FLOAT16, FLOAT32, QuantScheme
 from lorgnette.targets.onnx.graph import pack_codes
 
@@ -83,7 +83,8 @@ def test_every_weight_is_within_half_a_step(weight: Matrix, scheme: QuantScheme)
 def test_the_largest_weight_survives(weight: Matrix, scheme: QuantScheme) -> None:
     largest = max(weight[0], key=lambda value: (abs(value), value))  # of two alike the positive
     back = rtn.quantize(weight, scheme).dequantize()
-    assert np.abs(back - largest).min() <= 1e-6 * abs(largest) + 1e-37
+    # A scale of 8 bits whose inverse overflows is none: the weight is below 128 / 3.4e38.
+    assert np.abs(back - largest).min() <= 1e-6 * abs(largest) + 4e-37
 
 
 def test_columns_beyond_the_weight_mean_zero() -> None:
@@ -172,7 +173,7 @@ def test_unknown_plan_lists_the_known() -> None:
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["gptq", "../rtn", "rtn.quantize", ""])
+@pytest.mark.parametrize("name", ["gptq2", "../rtn", "rtn.quantize", ""])
 def test_unknown_method(name: str) -> None:
     with pytest.raises(ConfigError, match="unknown quantisation method"):
         load_method(name)

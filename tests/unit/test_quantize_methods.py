@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
+from lorgnette.errors import ConfigError
 from lorgnette.quantize.methods import hqq, load_method, method_names, mse, rtn
-from lorgnette.quantize.reference import (
+from lorgnette.quantize.reference.rounding import (
     least_squared_error,
     root_errors,
     rtn_group_asymmetric,
@@ -22,6 +23,7 @@ from lorgnette.quantize.scheme import GROUP_SIZES, INTEGER_BITS, QuantScheme, Qu
 
 Matrix = NDArray[np.float32]
 METHODS = ("hqq", "mse", "rtn")
+"""Those that need no more than the matrix."""
 
 values = (
     st.integers(-16, 16).map(lambda n: n / 8)
@@ -55,7 +57,9 @@ def trained_like(rows: int = 64, columns: int = 128) -> Matrix:
 
 
 def test_the_methods_are_the_files_of_the_folder() -> None:
-    assert tuple(method_names()) == METHODS
+    names = method_names()
+    assert names == ["gptq", "hqq", "mse", "rtn"]
+    assert tuple(name for name in names if not load_method(name).NEEDS_INPUTS) == METHODS
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -118,6 +122,29 @@ def test_a_constant_group_is_kept(method: str, value: float, symmetric: bool) ->
     scheme = QuantScheme(bits=4, group_size=32, symmetric=symmetric)
     weight = np.full((2, 32), value, np.float32)
     np.testing.assert_allclose(quantized(method, weight, scheme).dequantize(), weight, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@settings(max_examples=30, deadline=None)
+@given(weight=matrices, bits=st.sampled_from(INTEGER_BITS), symmetric=st.booleans())
+def test_a_whole_matrix_is_rounded_as_one_long_row(
+    method: str, weight: Matrix, bits: int, symmetric: bool
+) -> None:
+    rows, columns = weight.shape
+    scheme = QuantScheme(bits=bits, symmetric=symmetric, per_tensor=True)
+    made = quantized(method, weight, scheme)
+    row = quantized(method, weight.reshape(1, -1), QuantScheme(bits=bits, symmetric=symmetric))
+    assert np.array_equal(made.codes.reshape(1, -1), row.codes)
+    assert made.scales.tolist() == row.scales.tolist() * rows
+    assert made.zero_points.tolist() == row.zero_points.tolist() * rows
+    assert made.columns == columns
+    assert np.array_equal(made.dequantize().ravel(), row.dequantize().ravel())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_palettes_are_refused_by_methods_of_steps(method: str) -> None:
+    with pytest.raises(ConfigError, match=r"palette6.*kmeans"):
+        quantized(method, trained_like(2, 16), QuantScheme(bits=6, palette=True))
 
 
 # Asymmetric round to nearest

@@ -90,8 +90,14 @@ HEAD = 'name = "mine"\n'
         (HEAD + RULE + "symmetric = 1", ["rule 1", "symmetric"]),
         (HEAD + RULE + 'activations = "int4"', ["'activations'", "float, int8_group, int8_token"]),
         (HEAD + RULE + 'method = "gptq"', ["'method'", "'gptq'", "hqq, mse, rtn"]),
-        (HEAD + RULE.replace("4", "16") + "group = 32", ["'group' does not go with bits = 16", "bits = 16"]),
-        (HEAD + RULE.replace("4", "32") + 'method = "rtn"', ["'method' is for integers"]),
+        (
+            HEAD + RULE.replace("4", "16") + "group = 32",
+            ["'group' does not go with bits = 16", "bits = 16"],
+        ),
+        (
+            HEAD + RULE.replace("4", "32") + 'method = "rtn"',
+            ["'method' does not go with bits = 32"],
+        ),
         (HEAD + RULE.replace('"*"', '"decoder"'), ["names no component", "'decoder'"]),
         (HEAD.replace("mine", "int4") + RULE, ["built-in plan", "'int4'"]),
         (HEAD.replace("mine", "../x") + RULE, ["name is not allowed", "'../x'"]),

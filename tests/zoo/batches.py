@@ -16,6 +16,8 @@ from tests.zoo.model import Config
 from tests.zoo.questions import Exam, Question, ask
 from tests.zoo.tokenizer import Tokens
 
+_LONG_ANSWERS = ("read", "describe")
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -52,9 +54,10 @@ def batches(
     is a page of text.
     """
     rng = np.random.default_rng(seed)
+    look = family.exam.widest, family.exam.lettering
     waiting: dict[tuple[int, int], list[Drawn]] = {}
     while True:
-        scene = draw_scene(rng, _content(rng, family.exam, questions), family.exam.widest)
+        scene = draw_scene(rng, _content(rng, family.exam, questions), *look)
         pixels = family.pixels(scene.image)
         asked = _ask_all(scene, rng, family.exam, questions)
         if questions and not asked:
@@ -73,16 +76,16 @@ def _content(rng: Rng, exam: Exam, questions: int) -> Content:
         return "shapes" if chance < 0.45 else "crowd" if chance < 0.8 else "both"
     if not questions and rng.random() < 0.5:
         return "page"
-    if chance < 0.4:
+    if chance < 0.45:
         return "shapes" if chance < 0.2 else "crowd"
-    return "text" if chance < 0.65 else "both"
+    return "text" if chance < 0.6 else "both"
 
 
 def _ask_all(scene: Scene, rng: Rng, exam: Exam, most: int) -> list[Question]:
-    """Up to `most` questions: reading, the other kinds in any order, then the hard ones again."""
+    """Up to `most` questions: long answers, the other kinds in any order, hard ones again."""
     found: list[Question] = []
-    kinds = [k for k in exam.kinds if k == "read"]
-    kinds += [str(k) for k in rng.permutation([k for k in exam.kinds if k != "read"])]
+    kinds = [k for k in exam.kinds if k in _LONG_ANSWERS]
+    kinds += [str(k) for k in rng.permutation([k for k in exam.kinds if k not in _LONG_ANSWERS])]
     for kind in (*kinds, "position", "shape", "count", "position") if most else ():
         question = ask(scene, kind, rng)
         if question is not None and question not in found:

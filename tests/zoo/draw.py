@@ -88,6 +88,20 @@ class Scene:
         return tuple(item for item in self.items if item.shape == "text")
 
 
+@dataclass(frozen=True)
+class Lettering:
+    """How large text is on a canvas of `CANVAS` pixels, and where it may stand."""
+
+    smallest: float = 15.0
+    largest: float = 22.0
+    """Sizes of the font, in pixels."""
+    tiled: bool = True
+    """Whether it stays clear of the line where two tiles of the preprocessing meet."""
+
+
+TILED = Lettering()
+
+
 @lru_cache(maxsize=256)
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Pillow's built-in font at `size` pixels."""
@@ -115,7 +129,9 @@ def polygon(shape: str, box: Box) -> list[Point]:
     return [(left + x * (right - left), top + y * (bottom - top)) for x, y in unit]
 
 
-def draw_scene(rng: Rng, content: Content, widest: float = WIDEST) -> Scene:
+def draw_scene(
+    rng: Rng, content: Content, widest: float = WIDEST, lettering: Lettering = TILED
+) -> Scene:
     """Lay out and draw one picture.
 
     Args:
@@ -123,6 +139,7 @@ def draw_scene(rng: Rng, content: Content, widest: float = WIDEST) -> Scene:
         content: What the picture holds. A crowd is three or four shapes and a page is full of
             text; both are for training alone.
         widest: Largest ratio of the longer to the shorter side.
+        lettering: How text looks.
     """
     aspect = str(rng.choice(list(ASPECTS), p=[0.34, 0.36, 0.30]))
     ratio = float(rng.choice([r for r in ASPECTS[aspect] if max(r, 1 / r) <= widest]))
@@ -137,7 +154,7 @@ def draw_scene(rng: Rng, content: Content, widest: float = WIDEST) -> Scene:
     items: list[Item] = []
     if content in ("text", "both", "page"):
         for _ in range(30 if content == "page" else 1):
-            items += _place_text(rng, pen, (width, height), items)
+            items += _place_text(rng, pen, (width, height), items, lettering)
     if content != "text":
         most = 2 if content == "both" else 4
         wanted = int(rng.integers(3 if content == "crowd" else 1, most + 1))
@@ -174,15 +191,15 @@ def _place_shapes(
 
 
 def _place_text(
-    rng: Rng, pen: ImageDraw.ImageDraw, size: tuple[int, int], placed: list[Item]
+    rng: Rng, pen: ImageDraw.ImageDraw, size: tuple[int, int], placed: list[Item], look: Lettering
 ) -> list[Item]:
-    """Draw two to four characters inside one tile of the grid that the picture is split into."""
+    """Draw two to four characters; tiled ones inside one tile of the grid of the picture."""
     scale = max(size) / CANVAS
     text = "".join(str(c) for c in rng.choice(list(CHARACTERS), int(rng.integers(2, 5))))
-    face = font(max(8, round(float(rng.uniform(15, 22)) * scale)))
+    face = font(max(8, round(float(rng.uniform(look.smallest, look.largest)) * scale)))
     left, top, right, bottom = pen.textbbox((0, 0), text, font=face)
     # A side of more than half the canvas is split in the middle; text stays clear of that line.
-    cells = [2 if side / scale > CANVAS / 2 else 1 for side in size]
+    cells = [2 if look.tiled and side / scale > CANVAS / 2 else 1 for side in size]
     room = [side / n for side, n in zip(size, cells, strict=True)]
     slack = [room[0] - (right - left) - 4 * scale, room[1] - (bottom - top) - 4 * scale]
     if min(slack) < 0:

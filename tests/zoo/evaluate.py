@@ -61,7 +61,7 @@ def table(tally: Tally) -> str:
     return "\n".join(lines)
 
 
-def transformers_answer(path: Path, max_new_tokens: int = 12) -> Answer:
+def transformers_answer(path: Path, max_new_tokens: int = 48) -> Answer:
     """Greedy answers of a checkpoint directory through transformers, in fp32."""
     family, config, weights, tokens = checkpoint.read(path)
     model, end = oracle(config, weights), family.end_id(tokens)

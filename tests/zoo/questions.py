@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
-from tests.zoo.draw import COLOURS, SHAPES, WIDEST, Content, Item, Rng, Scene, draw_scene
+from tests.zoo.draw import (
+    CANVAS,
+    COLOURS,
+    SHAPES,
+    TILED,
+    WIDEST,
+    Content,
+    Item,
+    Lettering,
+    Rng,
+    Scene,
+    draw_scene,
+)
 
-KINDS = ("colour", "shape", "position", "count", "exists", "read")
+KINDS = ("colour", "shape", "position", "count", "exists", "read", "describe")
+ONE_WORD = KINDS[:-1]
+"""The kinds whose answer is one word."""
 NUMBERS = ("Zero.", "One.", "Two.", "Three.", "Four.")
-TRAIN, HELD_OUT = 0, 1
-"""First word of a picture's seed: the two splits can never share a picture."""
+TRAIN, HELD_OUT, CALIBRATION, MEASURE = range(4)
+"""First word of a picture's seed: no two splits can share a picture."""
+APART = 9.0
+"""Least distance from left to right, on the canvas, of shapes that a description puts in order."""
 
 PHRASES: dict[str, tuple[str, ...]] = {
     "colour": (
@@ -51,6 +68,13 @@ PHRASES: dict[str, tuple[str, ...]] = {
         "What does the text say?",
         "Which characters do you see?",
     ),
+    "describe": (
+        "Describe the picture.",
+        "What do you see?",
+        "What is in the picture?",
+        "Tell me what the picture shows.",
+        "What are the shapes from left to right?",
+    ),
 }
 
 
@@ -61,9 +85,12 @@ class Exam:
     kinds: tuple[str, ...] = KINDS
     widest: float = WIDEST
     """Largest ratio of the longer to the shorter side."""
+    lettering: Lettering = TILED
 
 
 FULL = Exam()
+WORDS = Exam(ONE_WORD)
+"""Only what one word answers."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +124,7 @@ def ask(scene: Scene, kind: str, rng: Rng) -> Question | None:
         "count": _count,
         "exists": _exists,
         "read": _read,
+        "describe": _describe,
     }[kind](scene, rng)
     if subject_and_answer is None:
         return None
@@ -123,7 +151,7 @@ def draw_sample(split: int, index: int, exam: Exam = FULL) -> Sample:
     rng = np.random.default_rng([split, index])
     kind = exam.kinds[index % len(exam.kinds)]
     while True:
-        scene = draw_scene(rng, content_for(kind, rng), exam.widest)
+        scene = draw_scene(rng, content_for(kind, rng), exam.widest, exam.lettering)
         question = ask(scene, kind, rng)
         if question is not None:
             return Sample(scene, question)
@@ -133,10 +161,12 @@ def content_for(kind: str, rng: Rng) -> Content:
     """What a picture should hold for a question of `kind`."""
     if kind == "read":
         return "text" if rng.random() < 0.6 else "both"
+    if kind == "describe":
+        return "shapes" if rng.random() < 0.5 else "both"
     return "shapes" if rng.random() < 0.8 else "both"
 
 
-def _describe(item: Item, scene: Scene, rng: Rng) -> str | None:
+def _name(item: Item, scene: Scene, rng: Rng) -> str | None:
     """Words that point at `item` alone: its shape, or its colour and shape."""
     names = [f"{s.colour} {s.shape}" for s in scene.shapes]
     full = f"{item.colour} {item.shape}"
@@ -174,7 +204,7 @@ def _position(scene: Scene, rng: Rng) -> tuple[str, str] | None:
     # Only clear cases: far from the middle along one axis, and much less so along the other.
     if max(abs(across), abs(down)) < 0.35 or abs(abs(across) - abs(down)) < 0.25:
         return None
-    subject = _describe(item, scene, rng)
+    subject = _name(item, scene, rng)
     if subject is None:
         return None
     if abs(across) > abs(down):
@@ -215,3 +245,18 @@ def _exists(scene: Scene, rng: Rng) -> tuple[str, str] | None:
 def _read(scene: Scene, rng: Rng) -> tuple[str, str] | None:
     del rng
     return ("", scene.texts[0].text + ".") if len(scene.texts) == 1 else None
+
+
+def _describe(scene: Scene, rng: Rng) -> tuple[str, str] | None:
+    """Number and names of the shapes from left to right, and the text; too little is no answer."""
+    del rng
+    shapes = sorted(scene.shapes, key=lambda item: item.centre[0])
+    least = APART * max(scene.image.size) / CANVAS
+    crowded = any(b.centre[0] - a.centre[0] < least for a, b in pairwise(shapes))
+    if not shapes or crowded or len(scene.texts) > 1 or len(shapes) + len(scene.texts) < 2:
+        return None
+    names = [f"{'an' if s.colour == 'orange' else 'a'} {s.colour} {s.shape}" for s in shapes]
+    listed = " and ".join([name for name in (", ".join(names[:-1]), names[-1]) if name])
+    number = NUMBERS[len(shapes)].removesuffix(".")
+    answer = f"{number} {'shape' if len(shapes) == 1 else 'shapes'}: {listed}."
+    return "", answer + "".join(f" The text says {item.text}." for item in scene.texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,16 @@ from tests.zoo.draw import CHARACTERS, COLOURS, SHAPES
 from tests.zoo.evaluate import score
 from tests.zoo.families.smolvlm import LONGEST_EDGE, TILE, SmolVLM, prefix_text, question_text
 from tests.zoo.optimiser import orthogonalise
-from tests.zoo.questions import HELD_OUT, KINDS, TRAIN, draw_sample
+from tests.zoo.questions import (
+    CALIBRATION,
+    HELD_OUT,
+    KINDS,
+    MEASURE,
+    ONE_WORD,
+    TRAIN,
+    WORDS,
+    draw_sample,
+)
 from tests.zoo.tiles import split
 
 SMOL = SmolVLM()
@@ -52,8 +62,9 @@ def test_same_number_gives_same_picture(split_number: int) -> None:
 
 
 def test_splits_and_numbers_give_different_pictures() -> None:
-    pictures = [draw_sample(s, i).scene.image.tobytes() for s in (TRAIN, HELD_OUT) for i in (1, 7)]
-    assert len(set(pictures)) == 4
+    splits = (TRAIN, HELD_OUT, CALIBRATION, MEASURE)
+    pictures = [draw_sample(s, i).scene.image.tobytes() for s in splits for i in (1, 7)]
+    assert len(set(pictures)) == 8
 
 
 @settings(max_examples=40, deadline=None)
@@ -86,8 +97,26 @@ def test_patch_labels_name_what_is_there(index: int) -> None:
 
 
 def test_every_kind_is_asked_equally_often() -> None:
-    kinds = [draw_sample(HELD_OUT, i).question.kind for i in range(12)]
+    kinds = [draw_sample(HELD_OUT, i).question.kind for i in range(14)]
     assert kinds == [*KINDS, *KINDS]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6))
+def test_a_description_names_every_shape_from_left_to_right_and_the_text(number: int) -> None:
+    sample = draw_sample(HELD_OUT, 7 * number + KINDS.index("describe"))
+    shapes, text = sample.scene.shapes, [item.text for item in sample.scene.texts]
+    said, *rest = sample.question.answer.split(".")
+    count, listed = said.split(": ")
+    assert count == ["", "One shape", "Two shapes", "Three shapes", "Four shapes"][len(shapes)]
+    named = re.findall(r"\b(an?) (\w+) (\w+)", listed)
+    assert [article for article, _, _ in named] == [
+        "an" if colour[0] in "aeiou" else "a" for _, colour, _ in named
+    ]
+    lefts = {item.centre[0]: (item.colour, item.shape) for item in shapes}
+    assert [(colour, shape) for _, colour, shape in named] == [lefts[x] for x in sorted(lefts)]
+    assert len(named) == len(shapes)
+    assert rest == ([f" The text says {text[0]}", ""] if text else [""])
 
 
 @settings(max_examples=40, deadline=None)
@@ -152,15 +181,16 @@ def test_committed_checkpoint_loads_as_published() -> None:
 
 
 def test_scoring_counts_by_kind_and_aspect() -> None:
-    tally = score(lambda picture, question: " Red. ", count=24)
-    reds = [draw_sample(HELD_OUT, i).question.answer == "Red." for i in range(24)]
-    assert tally["all"] == (sum(reds), 24)
-    assert sum(tally[f"kind {kind}"][1] for kind in KINDS) == 24
-    assert sum(asked for name, (_, asked) in tally.items() if name.startswith("aspect")) == 24
+    tally = score(lambda picture, question: " Red. ", count=28)
+    reds = [draw_sample(HELD_OUT, i).question.answer == "Red." for i in range(28)]
+    assert tally["all"] == (sum(reds), 28)
+    assert sum(tally[f"kind {kind}"][1] for kind in KINDS) == 28
+    assert sum(asked for name, (_, asked) in tally.items() if name.startswith("aspect")) == 28
 
 
 def test_demo_picture_is_the_drawn_one() -> None:
-    sample = draw_sample(HELD_OUT, 100121)
+    sample = draw_sample(HELD_OUT, 100121, WORDS)
     with Image.open(Path(__file__).parent / "pictures" / "demo.png") as demo:
         assert np.array_equal(np.asarray(demo), np.asarray(sample.scene.image))
     assert sample.question.answer == "82PH."
+    assert sample.question.kind in ONE_WORD

@@ -9,6 +9,7 @@ thread each share the gradient.
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import time
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class Plan:
     pace: float
     family: str
     head_file: Path | None
+    minutes: float
 
 
 def patch_loss(
@@ -129,9 +131,16 @@ def balance(family: Family, params: Params, config: Config, batch: Batch) -> Non
     params["head.weight"] /= factor
 
 
-def rate_scale(step: int, steps: int) -> float:
+def rate_scale(step: int, progress: float) -> float:
     """Short rise, long plateau, then a straight line to zero over the last 60 per cent."""
-    return min(1.0, (step + 1) / 30, (steps - step) / (0.6 * steps))
+    return min(1.0, (step + 1) / 30, (1 - progress) / 0.6)
+
+
+def _agree(progress: float) -> float:
+    """The largest of all workers' values: clocks differ, and all must stop at one step."""
+    value = torch.tensor(progress)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value.item()
 
 
 def _share(params: Params) -> None:
@@ -157,9 +166,15 @@ def _is_trained(stage: str, family: Family, name: str) -> bool:
 
 
 def _run_stage(
-    plan: Plan, rank: int, family: Family, params: Params, config: Config, name: str
+    plan: Plan,
+    rank: int,
+    family: Family,
+    params: Params,
+    config: Config,
+    name: str,
+    seconds: float,
 ) -> None:
-    """Train `params` through one stage; worker 0 logs and saves."""
+    """Train `params` through one stage, for `seconds` at most; worker 0 logs and saves."""
     steps: int = getattr(plan, name)
     if not steps:
         return
@@ -175,16 +190,19 @@ def _run_stage(
         loss, shares = stage_loss(name, family, params, config, next(source))
         loss.backward()  # type: ignore[no-untyped-call]
         _share(trained)
-        optimiser.step(plan.pace * rate_scale(step, steps))
+        spent = time.monotonic() - began
+        progress = _agree(max(step / steps, spent / seconds))
+        optimiser.step(plan.pace * rate_scale(step, min(progress, 1.0)))
         now = torch.cat([loss.detach()[None], shares.nan_to_num(1.0)])
         recent = now if not len(recent) else recent.lerp(now, 0.05)
         if rank == 0 and (step % 20 == 19 or step == steps - 1):
             figures = " ".join(f"{v:.3f}" for v in recent.tolist())
-            spent = time.monotonic() - began
             print(f"{name} {step + 1}/{steps}: loss, shares {figures}; {spent:.0f} s", flush=True)
         _follow(mean, trained)
         if rank == 0 and step % 100 == 99:
             _save(plan.out, family, config, mean)
+        if progress >= 1:
+            break
     if name == "warmup":
         # The same batch on every worker, so that all scale alike.
         shared = batches(family, config, tokens, seed[:3], plan.images, 0)
@@ -220,6 +238,7 @@ def _patches_per_token(family: Family) -> int:
 
 def _worker(rank: int, plan: Plan, meeting: str) -> None:
     torch.set_num_threads(1)
+    began = time.monotonic()
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=plan.workers
     )
@@ -237,7 +256,9 @@ def _worker(rank: int, plan: Plan, meeting: str) -> None:
     for value in params.values():
         value.requires_grad_()
     for name in STAGES:
-        _run_stage(plan, rank, family, params, config, name)
+        left = 60 * plan.minutes - (time.monotonic() - began)
+        seconds = max(left, 1.0) if name == "together" else math.inf
+        _run_stage(plan, rank, family, params, config, name, seconds)
         if rank == 0 and head:
             save_file({n: p.detach() for n, p in params.items() if n.startswith("head.")}, head)
     dist.destroy_process_group()
@@ -258,6 +279,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--pace", type=float, default=1.0, help="factor on all learning rates")
     parser.add_argument("--family", choices=list(FAMILIES), default="smolvlm")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="time for all, at the last stage's cost"
+    )
     parser.add_argument("--head-file", type=Path, help="keeps the warm-up's head between runs")
     plan = Plan(**vars(parser.parse_args()))
     with tempfile.TemporaryDirectory() as folder:

@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from tests.zoo.draw import Scene
+from tests.zoo.draw import Lettering, Scene
 from tests.zoo.model import Config, Params, Shapes
 from tests.zoo.questions import Exam
 from tests.zoo.tokenizer import Tokens
+
+WHOLE = Exam(widest=2.0, lettering=Lettering(18.0, 26.0, tiled=False))
+"""What families are asked that see the picture whole, at a size where text must be larger."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests import projector_oracle
 from tests.zoo.draw import Scene
-from tests.zoo.families.base import Family, Pixels
+from tests.zoo.families.base import WHOLE, Family, Pixels
 from tests.zoo.labels import label_grid, with_places
 from tests.zoo.model import (
     Config,
@@ -27,7 +27,7 @@ from tests.zoo.model import (
     vision_layer_shapes,
     vision_layers,
 )
-from tests.zoo.questions import PHRASES, Exam
+from tests.zoo.questions import ONE_WORD, PHRASES
 from tests.zoo.tokenizer import SentencePiece, Tokens, sentences, train_sentencepiece
 
 SIZE, PATCH = 144, 6
@@ -56,8 +56,8 @@ class MobileVLM(Family):
 
     name = "mobilevlm-tiny"
     model_type = "mobilevlm"
-    exam = Exam(("colour", "shape", "position", "count", "exists"), 2.0)
-    label_kinds = ("shape", "colour", "middle", "row", "column")
+    exam = WHOLE
+    label_kinds = ("shape", "colour", "character", "middle", "row", "column")
     outputs = (
         PROJECTOR + "mlp.mlp.2.weight",
         PROJECTOR + "mlp.mlp.2.bias",
@@ -71,7 +71,7 @@ class MobileVLM(Family):
         """BPE with byte fallback."""
         words = [OPENING, "ASSISTANT:"] * 50
         # A question follows a line break, without a space; the trainer knows no line breaks.
-        firsts = {phrase.split()[0] for phrases in PHRASES.values() for phrase in phrases}
+        firsts = {phrase.split()[0] for kind in ONE_WORD for phrase in PHRASES[kind]}
         words += [f"({word}" for word in sorted(firsts)] * 50
         text = list(sentences(""))
         # Answers stand once each among thousands of questions; each word is to be one piece.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests import projector_oracle
 from tests.zoo.draw import Scene
-from tests.zoo.families.base import Family, Pixels
+from tests.zoo.families.base import WHOLE, Family, Pixels
 from tests.zoo.labels import label_grid, with_places
 from tests.zoo.model import (
     Config,
@@ -27,7 +27,6 @@ from tests.zoo.model import (
     vision_layer_shapes,
     vision_layers,
 )
-from tests.zoo.questions import Exam
 from tests.zoo.tokenizer import ByteLevel, Tokens, sentences, train_byte_level
 
 SIZE, PATCH, GROUP = 144, 8, 9
@@ -61,8 +60,8 @@ class OmniVLM(Family):
 
     name = "omnivlm-tiny"
     model_type = "omnivlm"
-    exam = Exam(("colour", "shape", "position", "count", "exists"), 2.0)
-    label_kinds = ("shape", "colour", "middle", "row", "column")
+    exam = WHOLE
+    label_kinds = ("shape", "colour", "character", "middle", "row", "column")
     outputs = (PROJECTOR + "2.weight", PROJECTOR + "2.bias")
     side = SIZE // PATCH
 

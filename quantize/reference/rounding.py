@@ -1,4 +1,4 @@
-"""Slow and plain oracles for the methods, one number at a time."""
+"""Rounding to steps: to nearest, with least squared error, and what errors come to."""
 
 from __future__ import annotations
 
