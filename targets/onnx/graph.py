@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -27,6 +28,9 @@ OPSET = {"": 21, CONTRIB: 1}
 BROADCASTS = "broadcasts"
 """Note on a node whose operands are of different shapes; not written to the file."""
 IR_VERSION = 10  # the newest that the oldest supported engine reads, with opset 21
+
+HIGH_BIT = np.uint8(8)
+"""Of int4 it means -8: flipping it in a code of 4 bits subtracts 8."""
 
 DTYPES = {
     torch.float32: ir.DataType.FLOAT,
@@ -58,6 +62,7 @@ class GraphBuilder:
         self._source = source
         self._weights = weights
         self._nodes: list[ir.Node] = []
+        self._weight_nodes: list[ir.Node] = []
         self._initializers: dict[str, ir.Value] = {}
         self._shared: dict[str, ir.Value] = {}
 
@@ -69,19 +74,26 @@ class GraphBuilder:
         *,
         domain: str = "",
         outputs: int = 1,
+        of_weights: bool = False,
     ) -> list[ir.Value]:
-        """Appends a node and returns its outputs."""
+        """Appends a node and returns its outputs.
+
+        Those that make one array of weights of another stand before all others. onnxruntime runs
+        what a node needs in the reverse order of that in the file: where a multiplication needs
+        both what came before it and weights, weights come last, and only those of one
+        multiplication lie in memory.
+        """
         made = ir.Node(
             domain,
             operator,
             inputs,
             attributes=ir.convenience.convert_attributes(attributes or {}),
             num_outputs=outputs,
-            name=f"{operator}_{len(self._nodes)}",
+            name=f"{operator}_{len(self._nodes) + len(self._weight_nodes)}",
         )
         for index, value in enumerate(made.outputs):
             value.name = f"{made.name}_{index}"
-        self._nodes.append(made)
+        (self._weight_nodes if of_weights else self._nodes).append(made)
         return list(made.outputs)
 
     def shared(self, key: str, make: Callable[[], ir.Value]) -> ir.Value:
@@ -162,21 +174,30 @@ class GraphBuilder:
         """A symmetric matrix stored column by column, as integer kernels read it.
 
         Returns:
-            Codes (uint8 `[stored columns * bits / 8, rows]`, see `pack_columns`), the multiples
-            that scales are in groups (int8 `[groups, rows]`, None of a scheme without), and one
-            number a row (float32 `[rows]`), its scale or what the multiples are of.
+            Codes `[stored columns, rows]` (uint8; uint4 of 4 bits by channel; of 4 bits in groups
+            int4, less the code that means zero), the multiples that scales are in groups (int8
+            `[groups, rows]`, None of a scheme without), and one number a row (float32 `[rows]`),
+            its scale or what the multiples are of.
         """
         rows, columns = self._source.shapes[parameter]
         part = partial(self._integer_part, parameter, scheme)
-        packed = -(-scheme.padded(columns) * scheme.bits // 8)
-        codes = part("columns", (packed, rows), lambda made: pack_columns(made.codes, scheme.bits))
-        if not scheme.group_size:
+        shape = (scheme.padded(columns), rows)
+        if scheme.bits == 8:
+            codes = part("columns", shape, lambda made: made.codes.T)
             return codes, None, self._scales(parameter, scheme, (rows,))
-        most, shape = scheme.most_steps, (scheme.groups(columns), rows)
-        multiples = part("column_steps", shape, lambda made: split_scales(made.scales, most)[0].T)
+        size = (-(-math.prod(shape) // 2),)
+        if not scheme.group_size:
+            codes = part("columns", size, lambda made: pack_codes(made.codes.T.reshape(1, -1), 4))
+            _read_as(codes, ir.DataType.UINT4, shape)
+            return codes, None, self._scales(parameter, scheme, (rows,))
+        codes = part(
+            "columns", size, lambda made: pack_codes(made.codes.T.reshape(1, -1) ^ HIGH_BIT, 4)
+        )
+        _read_as(codes, ir.DataType.INT4, shape)
+        most, steps = scheme.most_steps, (scheme.groups(columns), rows)
         return (
             codes,
-            multiples,
+            part("column_steps", steps, lambda made: split_scales(made.scales, most)[0].T),
             part("rows", (rows,), lambda made: split_scales(made.scales, most)[1]),
         )
 
@@ -202,7 +223,7 @@ class GraphBuilder:
             return part("scales", shape, lambda made: made.scales)
 
         def widen(narrow: ir.Value) -> ir.Value:
-            (wide,) = self.node("Cast", [narrow], {"to": int(ir.DataType.FLOAT)})
+            (wide,) = self.node("Cast", [narrow], {"to": int(ir.DataType.FLOAT)}, of_weights=True)
             return wide
 
         def made_wide() -> ir.Value:
@@ -211,7 +232,7 @@ class GraphBuilder:
             most = scheme.most_steps
             steps = part("scales", shape, lambda made: split_scales(made.scales, most)[0])
             number = part("rows", (shape[0], 1), lambda made: split_scales(made.scales, most)[1])
-            return self.node("Mul", [widen(steps), number])[0]
+            return self.node("Mul", [widen(steps), number], of_weights=True)[0]
 
         return self.shared(f"scales of {parameter}", made_wide)
 
@@ -257,7 +278,7 @@ class GraphBuilder:
         graph = ir.Graph(
             self.inputs,
             outputs,
-            nodes=self._nodes,
+            nodes=[*self._weight_nodes, *self._nodes],
             initializers=list(self._initializers.values()),
             opset_imports=OPSET,
             name=self.component.name,
@@ -304,23 +325,20 @@ def pack_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     return packed
 
 
-def pack_columns(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Codes to bytes, column by column: the first columns in the lowest bits, the next above them.
-
-    With p codes a byte, byte row i holds columns i, i + n, ... i + (p - 1) * n of n byte rows, so
-    that an engine unpacks them with a shift, a mask and one concatenation. Missing ones are zero.
-
-    Shapes: uint8 `[rows, columns]` to `[ceil(columns * bits / 8), rows]`; 2, 4 or 8 bits.
-    """
-    a_byte = 8 // bits
-    columns = codes.T
-    missing = -len(columns) % a_byte
-    filled = np.pad(columns, ((0, missing), (0, 0))) if missing else columns
-    parts = np.split(filled, a_byte)
-    packed: NDArray[np.uint8] = parts[0].copy()
-    for place, higher in enumerate(parts[1:], start=1):
-        packed |= higher << np.uint8(bits * place)
-    return packed
+def _read_as(value: ir.Value, dtype: ir.DataType, shape: tuple[int, ...]) -> None:
+    """Makes a stored array of bytes one of two numbers a byte."""
+    bytes_ = value.const_value
+    if isinstance(bytes_, ir.ExternalTensor) and bytes_.dtype != dtype:
+        value.const_value = ir.ExternalTensor(
+            location=bytes_.location,
+            offset=bytes_.offset,
+            length=bytes_.length,
+            dtype=dtype,
+            shape=ir.Shape(shape),
+            name=bytes_.name,
+            base_dir=bytes_.base_dir,
+        )
+        value.shape, value.type = ir.Shape(shape), ir.TensorType(dtype)
 
 
 def _halves(scales: NDArray[np.float32]) -> NDArray[np.float16]:

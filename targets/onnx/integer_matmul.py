@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -65,87 +66,70 @@ def integer_matmul(
 
 
 def _check(builder: GraphBuilder, weight: str, scheme: QuantScheme) -> None:
-    whole_rows = scheme.scale_bits == 8 if scheme.group_size else True
-    able = scheme.bits in (2, 4, 8) if not scheme.group_size else scheme.bits in (2, 4)
-    if not (able and whole_rows and scheme.symmetric and not scheme.palette):
+    by_row = scheme.bits in (4, 8) and not scheme.group_size
+    by_multiple = scheme.bits == 4 and scheme.scale_bits == 8
+    if scheme.palette or not scheme.symmetric or not (by_row or by_multiple):
         raise ConfigError(
             "integer kernels cannot carry the scheme of a weight",
             where=f"{builder.component.name}/{weight}",
             got=scheme.form,
-            wanted="symmetric and by channel, or of 2 or 4 bits in groups with scales of 8 bits",
+            wanted="symmetric and by channel, or of 4 bits in groups with scales of 8 bits",
         )
 
 
 def expanded(
     builder: GraphBuilder, weight: str, scheme: QuantScheme
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """A matrix as integer kernels read it, a byte a code, however few bits are stored.
+    """A matrix as integer kernels read it: a byte a code, however few bits are stored.
 
-    Everything here is constant, so engines compute it once, as they load: codes of 4 or 2 bits are
-    unpacked by shift and mask; those in groups are multiplied by their group's multiple, which
-    leaves whole numbers that a byte holds and one scale for each row.
+    Codes of 4 bits by channel are widened once, as engines load. Those in groups are multiplied by
+    their group's multiple, which leaves whole numbers that a byte holds and one scale for each
+    row. Engines do that whenever the graph runs (they compute nothing in advance that has a
+    DequantizeLinear in it), so that memory holds what is stored; for a thousand positions it takes
+    a tenth of the multiplication.
 
     Returns:
         Codes (uint8 `[columns, rows]`), scales (float32 `[rows]`) and the code that means zero.
     """
-    stored, multiples, scales = builder.column_weight(weight, scheme)
-    zero = 1 << (scheme.bits - 1) if multiples is None else MIDDLE
-
-    def make() -> ir.Value:
-        codes = stored if scheme.bits == 8 else _unpacked(builder, stored, scheme.bits)
-        if multiples is not None:
-            codes = _multiplied(builder, codes, multiples, scheme)
-        columns = builder.columns(weight)
-        if scheme.bits < 8 and _stored_columns(scheme, columns) != columns:
-            bounds = [builder.constant(np.array([n], np.int64)) for n in (0, columns, 0)]
-            (codes,) = builder.node("Slice", [codes, *bounds])
-        return codes
-
-    codes = builder.shared(f"columns of {weight}", make)
-    return codes, scales, builder.constant(np.array(zero, np.uint8))
-
-
-def _stored_columns(scheme: QuantScheme, columns: int) -> int:
-    a_byte = 8 // scheme.bits
-    return -(-scheme.padded(columns) // a_byte) * a_byte
-
-
-def _unpacked(builder: GraphBuilder, packed: ir.Value, bits: int) -> ir.Value:
-    """The codes that `pack_columns` packed. Shapes: `[n, rows]` to `[8 / bits * n, rows]`."""
-    mask = builder.constant(np.array((1 << bits) - 1, np.uint8))
-    parts = []
-    for shift in range(0, 8, bits):
-        part = packed
-        if shift:
-            by = builder.constant(np.array(shift, np.uint8))
-            (part,) = builder.node("BitShift", [packed, by], {"direction": "RIGHT"})
-        if shift + bits < 8:
-            (part,) = builder.node("BitwiseAnd", [part, mask])
-        parts.append(part)
-    return builder.node("Concat", parts, {"axis": 0})[0]
+    codes, multiples, scales = builder.column_weight(weight, scheme)
+    middle = builder.constant(np.array(MIDDLE, np.uint8))
+    if multiples is not None:
+        return _multiplied(builder, codes, multiples, scheme, weight), scales, middle
+    if scheme.bits == 8:
+        return codes, scales, middle
+    to = {"to": int(ir.DataType.UINT8)}
+    wide = builder.shared(
+        f"bytes of {weight}", lambda: builder.node("Cast", [codes], to, of_weights=True)[0]
+    )
+    return wide, scales, builder.constant(np.array(1 << (scheme.bits - 1), np.uint8))
 
 
 def _multiplied(
-    builder: GraphBuilder, codes: ir.Value, multiples: ir.Value, scheme: QuantScheme
+    builder: GraphBuilder,
+    codes: ir.Value,
+    multiples: ir.Value,
+    scheme: QuantScheme,
+    weight: str,
 ) -> ir.Value:
-    """`(codes - zero) * multiple + 128` as bytes, in float32, which is exact for these.
+    """`code * multiple + 128` as bytes, through float32, which is exact for these.
 
-    Shapes: `[groups * size, rows]` and `[groups, rows]` to `[groups * size, rows]`.
+    Shapes: int4 `[groups * size, rows]` and int8 `[groups, rows]` to uint8 `[columns, rows]`.
     """
-    float32, uint8 = {"to": int(ir.DataType.FLOAT)}, {"to": int(ir.DataType.UINT8)}
-    groups, rows = (int(cast("int", size)) for size in cast("ir.Shape", multiples.shape))
-    (wide,) = builder.node("Cast", [codes], float32)
-    (wide,) = builder.node("Reshape", [wide, _shape(builder, groups, scheme.group_size, rows)])
-    (factor,) = builder.node("Cast", [multiples], float32)
-    (factor,) = builder.node("Reshape", [factor, _shape(builder, groups, 1, rows)])
-    zero = builder.constant(np.array(-(1 << (scheme.bits - 1)), np.float32))
-    (offset,) = builder.node("Mul", [factor, zero])
-    middle = builder.constant(np.array(MIDDLE, np.float32))
-    (offset,) = builder.node("Add", [offset, middle])
-    (product,) = builder.node("Mul", [wide, factor])
-    (product,) = builder.node("Add", [product, offset])
-    (product,) = builder.node("Cast", [product], uint8)
-    return builder.node("Reshape", [product, _shape(builder, -1, rows)])[0]
+    node = partial(builder.node, of_weights=True)
+
+    def make() -> ir.Value:
+        (factors,) = node("Cast", [multiples], {"to": int(ir.DataType.FLOAT)})
+        blocks = {"axis": 0, "block_size": scheme.group_size}
+        (whole,) = node("DequantizeLinear", [codes, factors], blocks)
+        columns = builder.columns(weight)
+        if scheme.padded(columns) != columns:
+            bounds = [builder.constant(np.array([n], np.int64)) for n in (0, columns, 0)]
+            (whole,) = node("Slice", [whole, *bounds])
+        one = builder.constant(np.array(1, np.float32))
+        middle = builder.constant(np.array(MIDDLE, np.uint8))
+        return node("QuantizeLinear", [whole, one, middle])[0]
+
+    return builder.shared(f"bytes of {weight}", make)
 
 
 def _round_statically(

@@ -44,8 +44,8 @@ MATRICES = (
         activations=("float", "int8_group"),
         scale_bits=SCALE_BITS,
     ),
-    SchemeRange(bits=(2, 4, 8), activations=ROUNDED, per_tensor=(False, True)),
-    SchemeRange(bits=(2, 4), groups=GROUP_SIZES, activations=ROUNDED, scale_bits=(8,)),
+    SchemeRange(bits=(4, 8), activations=ROUNDED, per_tensor=(False, True)),
+    SchemeRange(bits=(4,), groups=GROUP_SIZES, activations=ROUNDED, scale_bits=(8,)),
 )
 TABLES = (
     FLOATS,
