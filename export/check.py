@@ -87,7 +87,7 @@ def golden_prompt(parts: Parts, picture: NDArray[np.uint8], question: str = QUES
 
 def rounds_activations(plan: QuantPlan) -> bool:
     """Whether an engine may round activations under a plan."""
-    return any(rule.scheme.activations != "float" for rule in plan.rules)
+    return plan.cache_bits == 8 or any(rule.scheme.activations != "float" for rule in plan.rules)
 
 
 def bounds_for(plan: QuantPlan, golden: GoldenText) -> Bounds:

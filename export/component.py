@@ -49,6 +49,24 @@ class Component:
     """Range of every named axis."""
 
 
+def with_cache_bits(component: Component, bits: int) -> Component:
+    """The component as it is lowered under a plan: its KV cache of int8 where that is of 8 bits.
+
+    What is traced keeps a float32 cache: rounding is the engine's.
+    """
+    if bits == 32:
+        return component
+
+    def narrow(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        return tuple(replace(spec, dtype=torch.int8) for spec in specs)
+
+    return replace(
+        component,
+        cache_inputs=narrow(component.cache_inputs),
+        cache_outputs=narrow(component.cache_outputs),
+    )
+
+
 class Family(Protocol):
     """What every module in `families/` defines."""
 

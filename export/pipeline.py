@@ -25,7 +25,7 @@ from lorgnette.export.check import (
     rounds_activations,
 )
 from lorgnette.export.checkpoint import Checkpoint
-from lorgnette.export.component import Component, TensorSpec
+from lorgnette.export.component import Component, TensorSpec, with_cache_bits
 from lorgnette.export.families import find_family, open_checkpoint
 from lorgnette.export.matrices import matrices_of, matrix_names
 from lorgnette.export.prepared import prepare_samples
@@ -233,9 +233,10 @@ def _write(
     tokenizer_file.parent.mkdir()
     tokenizer_file.write_bytes(parts.tokenizer_json)
     write_golden(golden, folder / GOLDEN)
+    plan = plan_for(recipe)
     manifest = Manifest(
         format=Format(major=FORMAT_MAJOR, minor=FORMAT_MINOR),
-        requires=requirements(parts.preprocess),
+        requires=requirements(parts.preprocess, plan.cache_bits),
         producer=_producer(),
         checkpoint=parts.checkpoint.path.resolve().name,
         recipe=recipe,
@@ -243,12 +244,12 @@ def _write(
         engine=target.capabilities.engine,
         context_length=parts.context_length,
         components=tuple(
-            _entry(component, result)
+            _entry(with_cache_bits(component, plan.cache_bits), result)
             for component, result in zip(parts.components, lowered, strict=True)
         ),
         preprocess=parts.preprocess,
         prompt=parts.prompt,
-        golden=GoldenEntry(folder=GOLDEN, bounds=bounds_for(plan_for(recipe), golden.text)),
+        golden=GoldenEntry(folder=GOLDEN, bounds=bounds_for(plan, golden.text)),
         files=list_files(folder),
     )
     write_manifest(folder, manifest)
@@ -267,7 +268,14 @@ def _verify_exact(folder: Path, manifest: Manifest, target: Target) -> Ladder:
         twins.append(graph.with_name(f"exact_{graph.name}"))
         target.write_exact(graph, twins[-1])
         name = twins[-1].relative_to(folder).as_posix()
-        components.append(msgspec.structs.replace(entry, graph=name))
+        components.append(
+            msgspec.structs.replace(
+                entry,
+                graph=name,
+                cache_inputs=_in_float(entry.cache_inputs),
+                cache_outputs=_in_float(entry.cache_outputs),
+            )
+        )
     bounds = Bounds(image_tokens=FLOAT_BOUND, logits=FLOAT_BOUND, greedy_ids_equal=False)
     exact = msgspec.structs.replace(
         manifest,
@@ -279,6 +287,10 @@ def _verify_exact(folder: Path, manifest: Manifest, target: Target) -> Ladder:
     for twin in twins:
         twin.unlink()
     return ladder
+
+
+def _in_float(tensors: Sequence[TensorEntry]) -> tuple[TensorEntry, ...]:
+    return tuple(msgspec.structs.replace(entry, dtype="float32") for entry in tensors)
 
 
 def read_parts(checkpoint: Checkpoint, recipe: Recipe) -> Parts:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lorgnette.errors import ConfigError
+from lorgnette.export.cache_rounding import round_cache
 from lorgnette.export.component import Component
-from lorgnette.export.layers.decoder import LlamaDecoder
+from lorgnette.export.layers.decoder import DecoderLayer, LlamaDecoder
 from lorgnette.export.trace import build_module
 from lorgnette.export.weights import ParameterSource, load_module
 from lorgnette.quantize.scheme import InputRange
@@ -24,6 +25,7 @@ RESIDENT_BYTES = 3 * 2**30
 """Components larger than this in float32 are read layer by layer instead of held."""
 
 Float = NDArray[np.float32]
+CACHED = ("key", "value")
 Hook = Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]
 
 
@@ -120,11 +122,13 @@ class Reference:
     def round_activations(self) -> set[str]:
         """Makes every component round the inputs of its matrices from now on as the plan says.
 
+        A KV cache of 8 bits rounds keys and values as well.
+
         To 8 bits: symmetric for each position, or as onnxruntime's MatMulNBits does at accuracy
         level 4 for each position and group of the weight; or with one scale and zero point for all.
 
         Returns:
-            The components that have any such matrix.
+            The components that have any such matrix, or cache.
 
         Raises:
             ConfigError: The range of static activations is not known.
@@ -151,7 +155,16 @@ class Reference:
                     width = scheme.group_size if by_group else layer.in_features
                     layer.register_forward_pre_hook(_rounding(width))
                 rounded.add(component)
+            if source.cache_bits == 8 and self._components[component].cache_inputs:
+                self._round_cache(component, source)
+                rounded.add(component)
         return rounded
+
+    def _round_cache(self, component: str, source: QuantizedSource) -> None:
+        decoder = cast("LlamaDecoder", self._module(component))
+        for index, layer in enumerate(decoder.layers):
+            scales = [torch.from_numpy(source.cache_scale(f"{n}_{index}")) for n in CACHED]
+            round_cache(cast("DecoderLayer", layer).attention, *scales)
 
     def _module(self, name: str) -> nn.Module:
         if name not in self._modules:

@@ -15,11 +15,12 @@ from lorgnette.spec import Frozen, ModelSpec, Preprocess, PromptSpec
 
 FORMAT_MAJOR = 2
 FORMAT_MINOR = 1
-KNOWN_REQUIREMENTS: frozenset[str] = frozenset({"tiles", "square"})
-"""What a bundle may ask of its reader, here kinds of preprocessing; one that asks for more is
-refused."""
+CACHE8 = "cache8"
+KNOWN_REQUIREMENTS: frozenset[str] = frozenset({"tiles", "square", CACHE8})
+"""What a bundle may ask of its reader: kinds of preprocessing, and a KV cache of 8 bits; one that
+asks for more is refused."""
 
-DTYPE_NAMES = Literal["float32", "float16", "uint8", "int32", "int64"]
+DTYPE_NAMES = Literal["float32", "float16", "int8", "uint8", "int32", "int64"]
 
 
 DAMAGE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -165,9 +166,10 @@ class Manifest(Frozen, frozen=True):
         raise BundleError(f"component '{name}' is missing", where="manifest.json")
 
 
-def requirements(preprocess: Preprocess) -> tuple[str, ...]:
+def requirements(preprocess: Preprocess, cache_bits: int = 32) -> tuple[str, ...]:
     """What a bundle asks of its reader."""
-    return (str(type(preprocess).__struct_config__.tag),)
+    kind = str(type(preprocess).__struct_config__.tag)
+    return (kind, CACHE8) if cache_bits == 8 else (kind,)
 
 
 class _Head(msgspec.Struct):

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
+from lorgnette.quantize.scaling import load_scaling
+from lorgnette.quantize.scaling.site import SiteWeights
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -21,12 +23,11 @@ from lorgnette.export.layers.stages import Site, Stage
 from lorgnette.export.reference import set_parameter
 from lorgnette.export.trace import build_module
 from lorgnette.quantize.activations import input_range, round_inputs
+from lorgnette.quantize.cache import CacheRanges
 from lorgnette.quantize.collect import Collector, rescaled
 from lorgnette.quantize.inputs import LayerInputs
 from lorgnette.quantize.methods import load_method
 from lorgnette.quantize.plan import Rule
-from lorgnette.quantize.scaling import load_scaling
-from lorgnette.quantize.scaling.site import SiteWeights
 from lorgnette.quantize.store import QuantizedModel, QuantizedSource
 
 if TYPE_CHECKING:
@@ -99,13 +100,20 @@ def _walk_decoder(
     cos, sin = source.tensor("cos"), source.tensor("sin")
     start = torch.zeros(1, dtype=torch.int32)
 
+    caches = CacheRanges()
+
     def run(layer: nn.Module, x: Tensor) -> Tensor:
         cache = torch.zeros(*decoder.cache_shape(x.shape[1]))
-        return cast("Tensor", layer(x, cache, cache, cos, sin, start)[0])
+        out, keys, values = layer(x, cache, cache, cos, sin, start)
+        caches.add(keys, values)
+        return cast("Tensor", out)
 
     *layers, norm, head = decoder.stages()
-    for stage in layers:
+    for index, stage in enumerate(layers):
         states = _walk_stage(stage, source, states, run)
+        if source.cache_bits == 8:
+            caches.place(source, index)
+        caches.clear()
     # Logits are asked for behind the prompt and each token of the answer.
     ends = [x[:, -len(sample.answer_ids) - 1 :] for x, sample in zip(states, samples, strict=True)]
     for stage in (norm, head):

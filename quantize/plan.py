@@ -82,7 +82,7 @@ class QuantPlan:
     @property
     def needs_samples(self) -> bool:
         """Whether it cannot be followed without pictures."""
-        return any(rule.looks_at_inputs for rule in self.rules)
+        return self.cache_bits == 8 or any(rule.looks_at_inputs for rule in self.rules)
 
     def find_rule(self, component: str, parameter: str) -> Rule | None:
         """The rule that decides about a weight, None where no pattern fits it."""

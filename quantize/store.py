@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lorgnette.errors import ConfigError
 from lorgnette.export.weights import WeightSource
 from lorgnette.quantize.plan import QuantPlan, Rule
 from lorgnette.quantize.scheme import QuantTensor
@@ -50,7 +51,31 @@ class QuantizedSource:
         self._codes: dict[str, QuantTensor] = {}
         self._changed: dict[str, Array] = {}
         self._placed: set[str] = set()
+        self._cache_scales: dict[str, Array] = {}
         self._tied: dict[str, tuple[QuantizedSource, str]] = {}
+
+    @property
+    def cache_bits(self) -> int:
+        """Bits of an element of the KV cache, for a component that has one."""
+        return self._plan.cache_bits
+
+    def cache_scale(self, name: str) -> Array:
+        """Steps of a KV cache of 8 bits, `key_0` or `value_0` and so on: float32 `[Hkv, Dh]`.
+
+        Raises:
+            ConfigError: Nothing was calibrated.
+        """
+        if name not in self._cache_scales:
+            raise ConfigError(
+                "no range is known of a KV cache of 8 bits",
+                where=f"{self.component}/{name}",
+                hint="it needs calibration",
+            )
+        return self._cache_scales[name]
+
+    def place_cache_scale(self, name: str, scale: Array) -> None:
+        """Keeps what calibration found."""
+        self._cache_scales[name] = scale
 
     def rule(self, name: str) -> Rule:
         """The rule that decides about a matrix."""

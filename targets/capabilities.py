@@ -85,6 +85,8 @@ class Capabilities(Frozen, frozen=True):
     """Schemes of tables that rows are gathered from; nothing is multiplied, so what a scheme says
     about activations does not matter there."""
     cache_style: Literal["functional", "state"]
+    cache_bits: tuple[int, ...]
+    """Bits of an element of the KV cache."""
     engine: str
     """The engine that executes its graphs."""
     engine_min_version: str
@@ -103,7 +105,8 @@ class Capabilities(Frozen, frozen=True):
 
     def takes(self, plan: QuantPlan) -> bool:
         """Whether some matrix can be carried by each rule of a plan."""
-        return all(self.carries(rule.scheme, gathered=False) for rule in plan.rules)
+        matrices = all(self.carries(rule.scheme, gathered=False) for rule in plan.rules)
+        return matrices and plan.cache_bits in self.cache_bits
 
     def _schemes(self, gathered: bool) -> list[QuantScheme]:
         ranges = self.tables if gathered else self.matrices
@@ -120,6 +123,9 @@ def scheme_problems(
         if not capabilities.carries(scheme, gathered=matrix.gathered):
             refused.setdefault((scheme, matrix.gathered), []).append(matrix)
     problems = []
+    if plan.cache_bits not in capabilities.cache_bits:
+        able = " or ".join(map(str, capabilities.cache_bits))
+        problems.append(f"a KV cache cannot be of {plan.cache_bits} bits; nearest: {able}")
     for (scheme, gathered), found in refused.items():
         kind = "gathered" if gathered else "multiplied"
         nearest = capabilities.nearest(scheme, gathered=gathered)

@@ -54,6 +54,6 @@ class Target(Protocol):
     def write_exact(self, graph: Path, out: Path) -> None:
         """Writes a twin of a lowered graph that has the same weights and rounds no activations.
 
-        What a scheme's rounding of activations would hide, the twin shows. It is checked and then
-        thrown away; `out` lies beside the graph.
+        Its KV cache is float32, too. What rounding activations would hide, the twin shows. It is
+        checked and then thrown away; `out` lies beside the graph.
         """

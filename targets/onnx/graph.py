@@ -35,6 +35,7 @@ HIGH_BIT = np.uint8(8)
 DTYPES = {
     torch.float32: ir.DataType.FLOAT,
     torch.float16: ir.DataType.FLOAT16,
+    torch.int8: ir.DataType.INT8,
     torch.uint8: ir.DataType.UINT8,
     torch.int32: ir.DataType.INT32,
     torch.int64: ir.DataType.INT64,
@@ -235,6 +236,18 @@ class GraphBuilder:
             return self.node("Mul", [widen(steps), number], of_weights=True)[0]
 
         return self.shared(f"scales of {parameter}", made_wide)
+
+    def cache_scale(self, name: str) -> ir.Value:
+        """Steps of a KV cache of 8 bits by its name, float32 `[Hkv * Dh]`."""
+        stored = f"{name}.scale"
+        if stored not in self._initializers:
+            steps = self._source.cache_scale(name)
+            shape = (steps.size,)
+            key = f"{self.component.name}/{stored}"
+            tensor, written = self._weights.add(key, stored, shape, lambda: steps)
+            self.weight_bytes["float32"] += written
+            self._add_initializer(stored, shape, tensor)
+        return self._initializers[stored]
 
     def zero_points(self, parameter: str, scheme: QuantScheme) -> list[ir.Value]:
         """The packed zero points of a matrix, uint8 `[rows, bytes]`; none of a symmetric scheme."""

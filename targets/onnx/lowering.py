@@ -70,10 +70,12 @@ class OnnxLowering:
         """Lowers one component; its weights are read, packed and written one by one."""
         import onnx_ir as ir
 
+        from lorgnette.export.component import with_cache_bits
         from lorgnette.targets.onnx.fuse import fuse_quick_gelus, fuse_skip_norms
         from lorgnette.targets.onnx.graph import GraphBuilder, build_graph
 
-        builder = GraphBuilder(component, source, self._weights)
+        stored = with_cache_bits(component, source.cache_bits)
+        builder = GraphBuilder(stored, source, self._weights)
         model = build_graph(builder, program)
         fuse_skip_norms(model)
         fuse_quick_gelus(model)
@@ -96,6 +98,7 @@ class OnnxCpu:
         matrices=MATRICES,
         tables=TABLES,
         cache_style="functional",
+        cache_bits=(32, 8),
         engine="onnxruntime",
         engine_min_version="1.24.2",
         summary="onnxruntime on any CPU: Linux, macOS, Windows, Android, iOS",
@@ -136,6 +139,7 @@ class OnnxCpu:
         """Writes a twin of a lowered graph that has the same weights and rounds no activations."""
         import onnx_ir as ir
 
+        from lorgnette.targets.onnx.cache import with_float_cache
         from lorgnette.targets.onnx.integer_matmul import without_rounding
 
         model = ir.load(graph)
@@ -143,6 +147,7 @@ class OnnxCpu:
             if "accuracy_level" in node.attributes:
                 node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
         without_rounding(model)
+        with_float_cache(model)
         ir.save(model, out)
 
 

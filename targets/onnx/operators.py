@@ -11,6 +11,7 @@ import torch
 from lorgnette.errors import ConfigError
 from lorgnette.targets.onnx import elementwise, rearrange
 from lorgnette.targets.onnx.arguments import Known, Translation, graph_value, weight_name
+from lorgnette.targets.onnx.cache import cached_attention
 from lorgnette.targets.onnx.graph import CONTRIB, Attribute, GraphBuilder
 from lorgnette.targets.onnx.integer_matmul import integer_matmul
 
@@ -109,31 +110,6 @@ def bidirectional_attention(builder: GraphBuilder, node: torch.fx.Node, known: K
     inputs = [graph_value(builder, known, argument) for argument in node.args[:3]]
     attributes = {"num_heads": cast("int", node.args[3])}
     return builder.node("MultiHeadAttention", inputs, attributes, domain=CONTRIB)[0]
-
-
-def cached_attention(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> list[ir.Value]:
-    """Grouped-query attention with rotary embedding, writing the bound cache in place."""
-    qkv, key_cache, value_cache, cos, sin, past = (
-        graph_value(builder, known, argument) for argument in node.args[:6]
-    )
-    total = builder.shared("total_length", lambda: _total_length(builder, past))
-    last = builder.shared(
-        "last_position",
-        lambda: builder.node("Sub", [total, builder.constant(np.array([1], np.int32))])[0],
-    )
-    attributes = {
-        "num_heads": cast("int", node.args[6]),
-        "kv_num_heads": cast("int", node.args[7]),
-        "do_rotary": 1,
-    }
-    inputs = [qkv, None, None, key_cache, value_cache, last, total, cos, sin]
-    return builder.node("GroupQueryAttention", inputs, attributes, domain=CONTRIB, outputs=3)
-
-
-def _total_length(builder: GraphBuilder, past: ir.Value) -> ir.Value:
-    (length,) = builder.node("Shape", [builder.inputs[0]], {"start": 1, "end": 2})
-    (length,) = builder.node("Cast", [length], {"to": int(ir.DataType.INT32)})
-    return builder.node("Add", [past, length])[0]
 
 
 def convolution(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:

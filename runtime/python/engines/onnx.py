@@ -27,7 +27,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import (
 
 from lorgnette.bundle import Bundle
 from lorgnette.errors import BundleError
-from lorgnette.manifest import ComponentEntry
+from lorgnette.manifest import CACHE8, ComponentEntry
 from lorgnette.runtime.engines.engine import Float, Tiles
 
 ENGINE_ERRORS = (
@@ -43,6 +43,7 @@ ENGINE_ERRORS = (
 _TYPES = {
     "float32": "tensor(float)",
     "float16": "tensor(float16)",
+    "int8": "tensor(int8)",
     "uint8": "tensor(uint8)",
     "int32": "tensor(int32)",
     "int64": "tensor(int64)",
@@ -50,6 +51,7 @@ _TYPES = {
 """What onnxruntime calls the dtypes of a manifest."""
 
 
+_NEWER = "its KV cache is of 8 bits: update onnxruntime, 1.32 is new enough"
 FIRST_POSITIONS = 512
 """Positions that a new KV cache has room for."""
 
@@ -104,7 +106,7 @@ class OnnxDecoderState:
         self._past = np.zeros(1, np.int32)
         self._bind_input("past_length", self._past)
         self._entry = entry
-        self._caches: list[NDArray[np.float32]] = []
+        self._caches: list[NDArray[np.generic]] = []
         self._allocated = 0
         self._reserve(1, 0)
         self._logits = np.zeros((1, int(entry.outputs[0].shape[1])), np.float32)
@@ -135,7 +137,7 @@ class OnnxDecoderState:
         pairs = zip(self._entry.cache_inputs, self._entry.cache_outputs, strict=True)
         for index, (source, target) in enumerate(pairs):
             shape = [self._allocated if axis == "S" else int(axis) for axis in source.shape]
-            cache = np.zeros(shape, np.float32)
+            cache = np.zeros(shape, source.dtype)
             if old:
                 kept = old[index][:, :, :keep]
                 cache[:, :, : kept.shape[2]] = kept
@@ -179,6 +181,7 @@ def _session(bundle: Bundle, component: str, threads: int) -> onnxruntime.Infere
             f"onnxruntime {onnxruntime.__version__} refuses the graph",
             where=path,
             got=str(error).splitlines()[0],
+            hint=_NEWER if CACHE8 in bundle.manifest.requires else None,
         ) from error
     _check_interface(session, bundle.manifest.component(component), path)
     return session
