@@ -37,8 +37,8 @@ def refined(weight: Array, moment: Array, made: QuantTensor) -> QuantTensor:
     padded = made.codes.shape[1]
     related = np.zeros((padded, padded), np.float32)
     related[:columns, :columns] = moment
-    dead = np.flatnonzero(related.diagonal() <= 0)
-    related[dead, dead] = 1
+    # Where the inputs are always 0, nothing pulls.
+    own = np.where(related.diagonal() > 0, related.diagonal(), np.float32(1))
     codes, scales = np.empty_like(made.codes), np.empty_like(made.scales)
     for start in range(0, rows, ROWS):
         part = slice(start, start + ROWS)
@@ -47,7 +47,7 @@ def refined(weight: Array, moment: Array, made: QuantTensor) -> QuantTensor:
         zeros = made.zero_points[part].T.astype(np.float32)
         state = _Rows(turned, made.codes[part].T.astype(np.float32), made.scales[part].T, zeros)
         for first in range(0, padded, BLOCK):
-            state.visit(first, related, made.scheme)
+            state.visit(first, related, own, made.scheme)
         codes[part], scales[part] = state.codes.T, state.scales.T
     return replace(made, codes=codes, scales=scales)
 
@@ -61,32 +61,35 @@ class _Rows:
         self._made = (codes - self._by_column(zeros)) * self._by_column(self.scales)
         self._off = weight - self._made
 
-    def visit(self, first: int, moment: Array, scheme: QuantScheme) -> None:
+    def visit(self, first: int, moment: Array, own: Array, scheme: QuantScheme) -> None:
         """Improves the codes of a block of columns, then the scales of its groups."""
         block = slice(first, min(first + BLOCK, len(self.codes)))
         pull = moment[block] @ self._off
         within = moment[block, block]
         for at in range(0, len(pull), STRIDE):
             stride = slice(first + at, min(first + at + STRIDE, block.stop))
-            moved = self._codes(stride, pull[at : at + STRIDE], moment, scheme)
+            near = moment[stride, stride]
+            moved = self._codes(stride, pull[at : at + STRIDE], near, own[stride], scheme)
             pull += within[:, at : at + STRIDE] @ moved
         for at in range(0, len(pull), self._size):
             self._scale(first + at, at, pull, within[:, at : at + self._size])
 
-    def _codes(self, stride: slice, pull: Array, moment: Array, scheme: QuantScheme) -> Array:
+    def _codes(
+        self, stride: slice, pull: Array, near: Array, own: Array, scheme: QuantScheme
+    ) -> Array:
         """New codes of a few columns of a group; returns what their errors have grown by."""
         group, last = stride.start // self._size, np.float32((1 << scheme.bits) - 1)
         scales, zeros = self.scales[group], self.zeros[group]
         inverse = rtn.inverse(scales)
         pull, moved = pull.copy(), np.empty_like(pull)
         for at, column in enumerate(range(stride.start, stride.stop)):
-            wanted = self._made[column] + pull[at] / moment[column, column]
+            wanted = self._made[column] + pull[at] / own[at]
             codes = np.clip(np.rint(wanted * inverse) + zeros, 0, last)
             made = (codes - zeros) * scales
             moved[at] = self._made[column] - made
             self.codes[column], self._made[column] = codes, made
             self._off[column] += moved[at]
-            pull += moment[stride, column, None] * moved[at]
+            pull += near[:, at, None] * moved[at]
         return moved
 
     def _scale(self, first: int, at: int, pull: Array, within: Array) -> None:
