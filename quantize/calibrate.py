@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from lorgnette.quantize.scaling import load_scaling
-from lorgnette.quantize.scaling.site import SiteWeights
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -28,6 +26,8 @@ from lorgnette.quantize.collect import Collector, rescaled
 from lorgnette.quantize.inputs import LayerInputs
 from lorgnette.quantize.methods import load_method
 from lorgnette.quantize.plan import Rule
+from lorgnette.quantize.scaling import load_scaling
+from lorgnette.quantize.scaling.site import SiteWeights
 from lorgnette.quantize.store import QuantizedModel, QuantizedSource
 
 if TYPE_CHECKING:
