@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from lorgnette.export.prepared import PreparedSample
 
 Array = NDArray[np.float32]
+TOGETHER = 1 << 20
+"""Pixels of the tiles that are run together: small ones cost more to call than to compute."""
 Run = Callable[[nn.Module, Tensor], Tensor]
 
 
@@ -72,11 +74,12 @@ def _walk_vision(
     """Image tokens `[G * N, D]` of each sample, as the rounded encoder gives them."""
     encoder = cast("VisionEncoder", build_module(component))
     source = model.sources[component.name]
-    states = [torch.from_numpy(tile[None]) for sample in samples for tile in sample.tiles]
+    tiles = torch.from_numpy(np.concatenate([sample.tiles for sample in samples]))
+    states = list(torch.split(tiles, max(1, TOGETHER // tiles[0].numel())))
     for stage in encoder.stages():
         states = _walk_stage(stage, source, states, lambda module, x: cast("Tensor", module(x)))
-    tiles = iter(states)
-    return [torch.cat([next(tiles)[0] for _ in sample.tiles]) for sample in samples]
+    counts = [len(sample.tiles) for sample in samples]
+    return [tokens.flatten(0, 1) for tokens in torch.split(torch.cat(states), counts)]
 
 
 def _walk_decoder(

@@ -114,17 +114,27 @@ class QuantPlan:
         return load_method(rule.method).quantize(weight, rule.scheme)
 
 
-def _grouped(bits: int, activations: Activations) -> QuantScheme:
-    return QuantScheme(bits=bits, group_size=GROUP, activations=activations)
+def _grouped(bits: int, activations: Activations = "int8_group") -> QuantScheme:
+    return QuantScheme(bits=bits, group_size=GROUP, activations=activations, scale_bits=16)
 
 
-VISION_INT8 = (
+BY_CHANNEL = QuantScheme(bits=8, activations="int8_token")
+SMALL_VISION = (
     # Patches of pixels and the one row of a squeeze-excite gate: no time to win.
-    Rule("vision_encoder/tower.embed.*", _grouped(8, "float")),
-    Rule("vision_encoder/*.gate.*", _grouped(8, "float")),
-    Rule("vision_encoder/*", QuantScheme(bits=8, activations="int8_token")),
+    Rule("vision_encoder/tower.embed.*", _grouped(8, "float"), "mse"),
+    Rule("vision_encoder/*.gate.*", _grouped(8, "float"), "mse"),
 )
-"""Vision towers and projectors on integer kernels."""
+
+
+def _decoder(bits: int, method: str, scaling: Scaling) -> tuple[Rule, ...]:
+    """Table and head by one method without data: where they are one tensor, they stay one."""
+    scheme = _grouped(bits)
+    return (
+        Rule("token_embedding/*", scheme, "mse"),
+        Rule("decoder/head.weight", scheme, "mse"),
+        Rule("*", scheme, method, scaling),
+    )
+
 
 PLANS: dict[str, QuantPlan] = {
     plan.name: plan
@@ -136,20 +146,34 @@ PLANS: dict[str, QuantPlan] = {
         QuantPlan(
             "int8",
             "matrices 8-bit in groups of 32, vision encoder by channel on integer kernels, "
-            "round to nearest",
+            "outliers evened out by calibration",
             (
-                *VISION_INT8,
-                Rule("*", _grouped(8, "int8_group")),
+                *SMALL_VISION,
+                Rule("vision_encoder/*", BY_CHANNEL, "mse", "smoothquant"),
+                *_decoder(8, "mse", "smoothquant"),
             ),
+            promise=Promise(0.01, 0.9),
         ),
         QuantPlan(
             "int4",
             "decoder, head and embedding 4-bit in groups of 32, vision encoder 8-bit by channel on "
-            "integer kernels, round to nearest",
+            "integer kernels, calibrated: outliers evened out, errors made up for (GPTQ)",
             (
-                *VISION_INT8,
-                Rule("*", _grouped(4, "int8_group")),
+                *SMALL_VISION,
+                Rule("vision_encoder/*", BY_CHANNEL, "gptq", "smoothquant"),
+                *_decoder(4, "gptq", "smoothquant"),
             ),
+            promise=Promise(0.1, 0.5),
+        ),
+        QuantPlan(
+            "int4-fast",
+            "the same forms as int4, made in a fraction of the time: nothing is calibrated",
+            (
+                *SMALL_VISION,
+                Rule("vision_encoder/*", BY_CHANNEL, "mse"),
+                *_decoder(4, "mse", "none"),
+            ),
+            promise=Promise(0.2, 0.3),
         ),
     )
 }

@@ -21,7 +21,7 @@ class Method(Protocol):
     """What every module of this folder defines."""
 
     NEEDS_INPUTS: bool
-    """Whether it works on what calibration saw; others take none."""
+    """Whether it cannot do without what calibration saw; others may still make use of it."""
 
     def quantize(
         self, weight: NDArray[np.float32], scheme: QuantScheme, inputs: LayerInputs | None = None

@@ -151,7 +151,7 @@ def _rounded(weight: Array, scheme: QuantScheme, fed: Feedback) -> QuantTensor:
     codes = np.empty((rows, len(fed.order)), np.uint8)
     scales = np.empty((rows, scheme.groups(columns)), np.float32)
     zeros = np.empty_like(scales)
-    if not scheme.group_size:
+    if not _moves(scheme):
         # No feedback changes the steps of whole rows, nor those of the whole matrix.
         fixed = _whole(weight, scheme, fed)
         scales[:], zeros[:] = fixed.scales, fixed.zero_points
@@ -166,8 +166,16 @@ def _rounded(weight: Array, scheme: QuantScheme, fed: Feedback) -> QuantTensor:
     return QuantTensor(codes, scales, zeros.astype(np.uint8), columns, scheme)
 
 
+def _moves(scheme: QuantScheme) -> bool:
+    """Whether the steps of a group are its own, and fixed when its turn comes.
+
+    Scales of 8 bits are multiples of one number a row, which is known at the start or never.
+    """
+    return scheme.group_size > 0 and scheme.scale_bits != 8
+
+
 def _whole(weight: Array, scheme: QuantScheme, fed: Feedback) -> QuantTensor:
-    if scheme.per_tensor:
+    if scheme.per_tensor or scheme.group_size:
         return mse.quantize(weight, scheme)
     weights = np.empty_like(fed.cost)
     weights[fed.order] = _shares(fed.cost)
@@ -190,7 +198,7 @@ def _round_columns(
         off[block] = weight[block]
         for first in range(start, start + len(wanted), STRIDE):
             at = first - start
-            if scheme.group_size and first % scheme.group_size == 0:
+            if _moves(scheme) and first % scheme.group_size == 0:
                 _fix_steps(wanted[at : at + scheme.group_size], first, steps, scheme, fed)
             stride = wanted[at : at + STRIDE]
             made = _round_stride(stride, first, steps, scheme, fed, back[at:, at:])

@@ -67,7 +67,7 @@ def _improved(groups: Groups, scheme: QuantScheme) -> Rounded:
         best_scales = np.where(better, scales, best_scales)
         beta *= np.float32(KAPPA)
     made = best + zeros[:, :, None], best_scales * steps, zeros
-    return rtn.unless_too_large(made, plain, scheme)
+    return rtn.recoded(groups, rtn.unless_too_large(made, plain, scheme), scheme)
 
 
 def objective(off: Groups) -> NDArray[np.float32]:

@@ -63,7 +63,30 @@ def searched(
         np.where(better, found[1] * plain[1], plain[1]),
         np.where(better, found[2], plain[2]),
     )
-    return rtn.unless_too_large(chosen, plain, scheme)
+    chosen = rtn.unless_too_large(chosen, plain, scheme)
+    if scheme.scale_bits == 32:
+        return chosen
+    return _better(groups, rtn.recoded(groups, chosen, scheme), plain, scheme, weights)
+
+
+def _better(
+    groups: Groups,
+    found: Rounded,
+    plain: Rounded,
+    scheme: QuantScheme,
+    weights: NDArray[np.float32] | None,
+) -> Rounded:
+    """Of two results the better one of each group, or of each row whose scales share a number."""
+    with np.errstate(over="ignore", invalid="ignore"):  # infinite errors are no better
+        errors = [_errors(groups, made, weights) for made in (found, plain)]
+    if scheme.scale_bits == 8:
+        errors = [np.repeat(e.sum(axis=1, keepdims=True), e.shape[1], axis=1) for e in errors]
+    better = errors[0] < errors[1]
+    return (
+        np.where(better[:, :, None], found[0], plain[0]),
+        np.where(better, found[1], plain[1]),
+        np.where(better, found[2], plain[2]),
+    )
 
 
 def _best(

@@ -74,6 +74,22 @@ def inverse(scales: NDArray[np.float32]) -> NDArray[np.float32]:
     return found
 
 
+def recoded(groups: Groups, made: Rounded, scheme: QuantScheme) -> Rounded:
+    """The nearest codes once more, for the scales that the scheme can keep of `made`.
+
+    Shapes: whole rows where scales are of 8 bits, which share a number in each row.
+    """
+    if scheme.scale_bits == 32:
+        return made
+    zeros = made[2]
+    scales = stored_scales(made[1], scheme)
+    codes = groups * inverse(scales)[:, :, None]
+    np.rint(codes, out=codes)
+    codes += zeros[:, :, None]
+    np.clip(codes, 0, (1 << scheme.bits) - 1, out=codes)
+    return codes, scales, zeros
+
+
 def unless_too_large(made: Rounded, plain: Rounded, scheme: QuantScheme) -> Rounded:
     """`made`, but `plain` for groups whose scale might take a code past the end of float32."""
     fits = np.abs(made[1]) <= LARGEST / np.float32(1 << scheme.bits)
