@@ -11,6 +11,8 @@
     select = "vision_encoder/*"     # fnmatch over component/parameter
     bits = 8                        # 2, 3, 4, 8: integers; 16, 32: floats, with nothing below
     group = 32                      # columns with one scale; or "channel", "tensor"; left out: 32
+    scale_bits = 32                 # of a group's scale: 32, 16 or 8, which is a whole multiple of
+                                    # one number a row; left out: 32
     symmetric = true                # false: a zero point a group; left out: true
     activations = "float"           # or "int8_group", "int8_token", "int8_static"
     method = "rtn"                  # or "mse", "hqq", "gptq"; left out: "rtn"
@@ -47,6 +49,7 @@ from lorgnette.quantize.scheme import (
     PALETTE_BITS,
     Activations,
     QuantScheme,
+    ScaleBits,
 )
 from lorgnette.recipe import PlanRule, PlanText, Recipe
 
@@ -57,7 +60,16 @@ CHANNEL, TENSOR = "channel", "tensor"
 PALETTE_METHOD = "kmeans"
 MAX_BYTES = 1 << 20
 MAX_RULES = 1000
-INTEGER_KEYS = ("group", "symmetric", "activations", "method", "scaling", "palette", "rows")
+INTEGER_KEYS = (
+    "group",
+    "scale_bits",
+    "symmetric",
+    "activations",
+    "method",
+    "scaling",
+    "palette",
+    "rows",
+)
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
 
 
@@ -252,7 +264,7 @@ def _rule(text: PlanRule, where: str) -> Rule:
 
 
 def _palette(text: PlanRule, where: str) -> QuantScheme:
-    _refuse(text, ("group", "symmetric", "activations"), "palette = true", where)
+    _refuse(text, ("group", "scale_bits", "symmetric", "activations"), "palette = true", where)
     rows = text.rows or 0
     if rows < 0:
         raise ConfigError("'rows' is out of bounds", where=where, got=rows, wanted="1 or more")
@@ -266,8 +278,11 @@ def _steps(text: PlanRule, where: str) -> QuantScheme:
     _one_of("group", group, (*GROUP_SIZES, CHANNEL, TENSOR), where)
     activations = "float" if text.activations is None else text.activations
     _one_of("activations", activations, get_args(Activations), where)
+    scale_bits = 32 if text.scale_bits is None else text.scale_bits
+    _one_of("scale_bits", scale_bits, get_args(ScaleBits), where)
     return QuantScheme(
         bits=text.bits,
+        scale_bits=msgspec.convert(scale_bits, ScaleBits),
         group_size=0 if isinstance(group, str) else group,
         symmetric=text.symmetric is not False,
         activations=msgspec.convert(activations, Activations),
