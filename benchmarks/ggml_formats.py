@@ -28,17 +28,17 @@ def q4_0(weight: Array) -> Array:
 def q4_k(weight: Array) -> Array:
     """A matrix after Q4_K: 8 blocks of 32 with 6-bit scales and minima, 4.5 bits a weight.
 
-    Rows that are no multiple of 256 are cut into super-blocks across their ends, where llama.cpp
-    would take another format of more bits.
+    Rows that are no multiple of 256 are filled up with zeros, where llama.cpp would take another
+    format of more bits.
 
     Source: ggml, the format of block_q4_K and the search of make_qkx2_quants.
     """
-    flat = weight.reshape(-1)
-    padded = np.pad(flat, (0, -len(flat) % SUPER)).reshape(-1, SUPER // BLOCK, BLOCK)
-    scales, minima = _search(padded)
-    packed = _pack(padded, scales, minima)
-    made = gguf.quants.dequantize(packed, GGMLQuantizationType.Q4_K).reshape(-1)
-    return np.asarray(made[: len(flat)].reshape(weight.shape), np.float32)
+    rows, columns = weight.shape
+    padded = np.pad(weight, ((0, 0), (0, -columns % SUPER)))
+    blocks = padded.reshape(-1, SUPER // BLOCK, BLOCK)
+    packed = _pack(blocks, *_search(blocks))
+    made = gguf.quants.dequantize(packed, GGMLQuantizationType.Q4_K).reshape(rows, -1)
+    return np.ascontiguousarray(made[:, :columns], np.float32)
 
 
 def _search(blocks: Array) -> tuple[Array, Array]:
