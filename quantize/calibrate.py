@@ -126,7 +126,7 @@ def _walk_stage(
     """Rounds a stage by what it sees, and gives what it makes of that then."""
     looked_at = [name for name in _linears(stage) if _looks_at(source, stage.prefix + name)]
     if looked_at:
-        _load(stage, lambda name: torch.from_numpy(source.published(name)))
+        _load(stage, lambda name: torch.from_numpy(source.unrounded(name)))
         inputs = _collect(stage, states, run, looked_at, source)
         _rescale(stage, source, inputs)
         for name in looked_at:
