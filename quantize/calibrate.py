@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorgnette.errors import ConfigError
 from lorgnette.export.layers.stages import Site, Stage
-from lorgnette.export.reference import set_parameter
+from lorgnette.export.reference import load_stage
 from lorgnette.export.trace import build_module
 from lorgnette.quantize.activations import input_range, round_inputs
 from lorgnette.quantize.cache import CacheRanges
@@ -126,14 +126,14 @@ def _walk_stage(
     """Rounds a stage by what it sees, and gives what it makes of that then."""
     looked_at = [name for name in _linears(stage) if _looks_at(source, stage.prefix + name)]
     if looked_at:
-        _load(stage, lambda name: torch.from_numpy(source.unrounded(name)))
+        load_stage(stage, lambda name: torch.from_numpy(source.unrounded(name)))
         inputs = _collect(stage, states, run, looked_at, source)
         _rescale(stage, source, inputs)
         for name in looked_at:
             _round(source, stage.prefix + name, inputs[name])
-    _load(stage, source.tensor)
+    load_stage(stage, source.tensor)
     after = [run(stage.module, x) for x in states]
-    _load(stage, lambda name: torch.empty(source.shapes[name], device="meta"))
+    load_stage(stage, lambda name: torch.empty(source.shapes[name], device="meta"))
     return after
 
 
@@ -148,14 +148,6 @@ def _linears(stage: Stage) -> list[str]:
 
 def _looks_at(source: QuantizedSource, name: str) -> bool:
     return not source.is_tied(name) and source.rule(name).looks_at_inputs
-
-
-def _load(stage: Stage, read: Callable[[str], Tensor]) -> None:
-    for path, layer in stage.module.named_modules():
-        prefix = stage.prefix + (f"{path}." if path else "")
-        held = {**layer._parameters, **layer._buffers}
-        for name in [name for name, value in held.items() if value is not None]:
-            set_parameter(layer, name, read(prefix + name))
 
 
 def _collect(
