@@ -17,6 +17,7 @@ class PlanRule(Frozen, frozen=True):
     scaling: str | None = None
     palette: bool | None = None
     rows: int | None = None
+    scale_bits: int | None = None
 
 
 class PlanText(Frozen, frozen=True):

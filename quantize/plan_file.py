@@ -12,6 +12,7 @@
     bits = 8                        # 2, 3, 4, 8: integers; 16, 32: floats, with nothing below
     group = 32                      # columns with one scale; or "channel", "tensor"; left out: 32
     symmetric = true                # false: a zero point a group; left out: true
+    scale_bits = 32                 # bits of a scale: 8, 16, 32; left out: 32
     activations = "float"           # or "int8_group", "int8_token", "int8_static"
     method = "rtn"                  # or "mse", "hqq", "gptq"; left out: "rtn"
     scaling = "none"                # or "awq", "smoothquant": even out channels first
@@ -47,6 +48,7 @@ from lorgnette.quantize.scheme import (
     PALETTE_BITS,
     Activations,
     QuantScheme,
+    ScaleBits,
 )
 from lorgnette.recipe import PlanRule, PlanText, Recipe
 
@@ -57,7 +59,16 @@ CHANNEL, TENSOR = "channel", "tensor"
 PALETTE_METHOD = "kmeans"
 MAX_BYTES = 1 << 20
 MAX_RULES = 1000
-INTEGER_KEYS = ("group", "symmetric", "activations", "method", "scaling", "palette", "rows")
+INTEGER_KEYS = (
+    "group",
+    "symmetric",
+    "scale_bits",
+    "activations",
+    "method",
+    "scaling",
+    "palette",
+    "rows",
+)
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
 
 
@@ -252,7 +263,7 @@ def _rule(text: PlanRule, where: str) -> Rule:
 
 
 def _palette(text: PlanRule, where: str) -> QuantScheme:
-    _refuse(text, ("group", "symmetric", "activations"), "palette = true", where)
+    _refuse(text, ("group", "symmetric", "scale_bits", "activations"), "palette = true", where)
     rows = text.rows or 0
     if rows < 0:
         raise ConfigError("'rows' is out of bounds", where=where, got=rows, wanted="1 or more")
@@ -266,12 +277,15 @@ def _steps(text: PlanRule, where: str) -> QuantScheme:
     _one_of("group", group, (*GROUP_SIZES, CHANNEL, TENSOR), where)
     activations = "float" if text.activations is None else text.activations
     _one_of("activations", activations, get_args(Activations), where)
+    scale_bits = 32 if text.scale_bits is None else text.scale_bits
+    _one_of("scale_bits", scale_bits, get_args(ScaleBits), where)
     return QuantScheme(
         bits=text.bits,
         group_size=0 if isinstance(group, str) else group,
         symmetric=text.symmetric is not False,
         activations=msgspec.convert(activations, Activations),
         per_tensor=group == TENSOR,
+        scale_bits=msgspec.convert(scale_bits, ScaleBits),
     )
 
 
