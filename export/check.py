@@ -14,7 +14,8 @@ from lorgnette.export.component import Component
 from lorgnette.export.reference import Reference
 from lorgnette.export.weights import WeightSource
 from lorgnette.manifest import Bounds
-from lorgnette.quantize.plan import QuantPlan
+from lorgnette.quantize.plan import PLANS, QuantPlan
+from lorgnette.quantize.rotation import rotated
 from lorgnette.quantize.store import QuantizedModel
 from lorgnette.runtime.golden import Golden, GoldenText, tiles_digest
 from lorgnette.runtime.preprocess import grid_for, prepare
@@ -144,8 +145,10 @@ def make_golden(
     )
     logits = logits[:LOGIT_STEPS]
     del original
+    if quantized.plan.rotate:
+        image_tokens = np.stack([rotated(tile) for tile in image_tokens])
     rounded_tokens, rounded_logits, lost = image_tokens, logits, (0.0, 0.0)
-    if quantized.plan.name != "fp32":
+    if quantized.plan != PLANS["fp32"]:
         progress("reference, rounded weights")
         rounded = Reference(components, quantized.sources)
         forced = greedy[:LOGIT_STEPS]

@@ -48,6 +48,7 @@ from lorgnette.manifest import (
 from lorgnette.quantize.calibrate import calibrate
 from lorgnette.quantize.plan import QuantPlan
 from lorgnette.quantize.plan_file import check_rules, plan_for
+from lorgnette.quantize.residual import rotate_residual
 from lorgnette.quantize.samples import Sample, default_samples, read_samples, split_samples
 from lorgnette.quantize.store import QuantizedModel
 from lorgnette.recipe import Recipe
@@ -214,9 +215,10 @@ def quantize_parts(
         ConfigError: No sample fits the context length.
     """
     model = QuantizedModel(parts.sources, matrix_names(parts.components), plan, folder)
+    if plan.rotate:
+        rotate_residual({component.name: component for component in parts.components}, model)
     if plan.needs_samples:
-        prepared = [sample for sample in prepare_samples(parts, samples) if sample is not None]
-        calibrate(parts.components, model, prepared, progress)
+        calibrate(parts.components, model, prepare_samples(parts, samples), progress)
     return model
 
 

@@ -14,6 +14,9 @@ from lorgnette.runtime.image import load_image
 from lorgnette.runtime.preprocess import grid_for, prepare
 from lorgnette.runtime.prompt import ImagePart, Message, encode_prompt, image_slots
 
+POSITIONS = 16_384
+"""Positions of the decoder that are calibrated with, about."""
+
 
 @dataclass(frozen=True, eq=False)
 class PreparedSample:
@@ -34,19 +37,28 @@ class PreparedSample:
 
 
 def prepare_samples(
-    parts: Parts, samples: Iterable[Sample], reserve: int = 0
-) -> list[PreparedSample | None]:
-    """Samples as a model takes them; None for those that do not fit its context.
+    parts: Parts, samples: Iterable[Sample], positions: int = POSITIONS
+) -> list[PreparedSample]:
+    """Samples as a model takes them, without those that do not fit its context.
 
     Args:
         parts: The parsed checkpoint.
         samples: Pictures with questions.
-        reserve: Tokens that must fit behind the prompt.
+        positions: Where so many are reached, the rest is left out: more would take long, and
+            change little.
     """
-    return [_prepare(parts, sample, reserve) for sample in samples]
+    found: list[PreparedSample] = []
+    for sample in samples:
+        prepared = _prepare(parts, sample)
+        if prepared is not None:
+            found.append(prepared)
+            positions -= len(prepared.prompt_ids)
+        if positions <= 0:
+            break
+    return found
 
 
-def _prepare(parts: Parts, sample: Sample, reserve: int) -> PreparedSample | None:
+def _prepare(parts: Parts, sample: Sample) -> PreparedSample | None:
     picture = load_image(sample.image)
     height, width = picture.shape[:2]
     part = ImagePart(*grid_for(height, width, parts.preprocess))
@@ -56,7 +68,7 @@ def _prepare(parts: Parts, sample: Sample, reserve: int) -> PreparedSample | Non
         header = parts.prompt.answer_header or ""
         answer = tuple(parts.tokenizer.encode(header + sample.answer))
         answer += parts.prompt.stop_token_ids[:1]
-    if len(ids) + max(len(answer), reserve) > parts.context_length:
+    if len(ids) + len(answer) > parts.context_length:
         return None
     return PreparedSample(
         tiles=prepare(picture, parts.preprocess).pixels,

@@ -27,7 +27,9 @@ from lorgnette.export.answers import (
 from lorgnette.export.reference import Reference
 from lorgnette.manifest import PromiseEntry, QualitySummary
 from lorgnette.quantize.plan import Promise
+from lorgnette.quantize.plan_file import plan_for
 from lorgnette.quantize.quality import cosines, kl_divergence, same_top1
+from lorgnette.quantize.rotation import rotated_back
 from lorgnette.runtime.engines.engine import DecoderState, Engine
 from lorgnette.runtime.evaluation.metrics import exact
 from lorgnette.runtime.model import Model
@@ -98,6 +100,7 @@ def measure_bundle(model: Model, answers: OriginalAnswers, tell: Tell = silent) 
     Raises:
         ConfigError: The bundle's context is shorter than the one that the answers were made for.
     """
+    rotate = plan_for(model.manifest.recipe).rotate
     wanted, got = answers.context_length, model.manifest.context_length
     if got < wanted:
         raise ConfigError("context length is too small", where="bundle", got=got, wanted=wanted)
@@ -114,13 +117,13 @@ def measure_bundle(model: Model, answers: OriginalAnswers, tell: Tell = silent) 
         said = tuple(map(int, logits.argmax(-1)))
         if said != answer.greedy_ids:
             said = decoding.go_on(said, answer.greedy_ids, answers.max_new_tokens, stop_ids)
-        measured.append(_compare(answer, image_tokens, logits, said))
+        measured.append(_compare(answer, _seen(image_tokens, rotate), logits, said))
         tell(done, len(answers.answers))
     return Measured(tuple(measured))
 
 
 def measure_reference(
-    reference: Reference, answers: OriginalAnswers, tell: Tell = silent
+    reference: Reference, answers: OriginalAnswers, tell: Tell = silent, *, rotate: bool = False
 ) -> Measured:
     """The same for eager components, one pass a sample; its own other answers are not generated.
 
@@ -128,6 +131,7 @@ def measure_reference(
         reference: The components, with weights as a plan rounds them.
         answers: What the original says.
         tell: Told after each sample.
+        rotate: Whether its residual stream, and so its image tokens, are rotated.
     """
     encoder = PromptEncoder(reference.encode, reference.embed)
     measured = []
@@ -135,7 +139,7 @@ def measure_reference(
         image_tokens = encoder.encode(answer.sample, answer.tiles)
         embeddings = encoder.splice(answer.prompt_ids, answers.image_token_id, image_tokens)
         logits = reference.follow(embeddings, answer.greedy_ids)
-        measured.append(_compare(answer, image_tokens, logits, None))
+        measured.append(_compare(answer, _seen(image_tokens, rotate), logits, None))
         tell(done, len(answers.answers))
     return Measured(tuple(measured))
 
@@ -239,6 +243,15 @@ def _kept(promise: Promise | None, measured: Measured, accepted_loss: bool) -> P
         min_same_answer=promise.min_same_answer,
         kept=kl <= promise.max_kl and same >= promise.min_same_answer,
         accepted_loss=accepted_loss,
+    )
+
+
+def _seen(image_tokens: Float, rotate: bool) -> Float:
+    """Image tokens `[G, N, D]` in the original's basis."""
+    if not rotate:
+        return image_tokens
+    return rotated_back(image_tokens.reshape(-1, image_tokens.shape[-1])).reshape(
+        image_tokens.shape
     )
 
 

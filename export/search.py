@@ -256,8 +256,7 @@ class Search:
     def prepared(self) -> list[PreparedSample]:
         """What is calibrated with, in the form that components take."""
         if not self._prepared:
-            found = prepare_samples(self._parts, self._samples.calibrating)
-            self._prepared = [sample for sample in found if sample is not None]
+            self._prepared = prepare_samples(self._parts, self._samples.calibrating)
             if not self._prepared:
                 raise ConfigError("no sample to calibrate with fits the context length")
         return self._prepared

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from lorgnette.quantize.scaling import load_scaling
-from lorgnette.quantize.scaling.site import SiteWeights
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -28,6 +26,8 @@ from lorgnette.quantize.collect import Collector, rescaled
 from lorgnette.quantize.inputs import LayerInputs
 from lorgnette.quantize.methods import load_method
 from lorgnette.quantize.plan import Rule
+from lorgnette.quantize.scaling import load_scaling
+from lorgnette.quantize.scaling.site import SiteWeights
 from lorgnette.quantize.store import QuantizedModel, QuantizedSource
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _walk_stage(
     """Rounds a stage by what it sees, and gives what it makes of that then."""
     looked_at = [name for name in linears(stage) if looks_at(source, stage.prefix + name)]
     if looked_at:
-        load_stage(stage, lambda name: torch.from_numpy(source.published(name)))
+        load_stage(stage, lambda name: torch.from_numpy(source.unrounded(name)))
         inputs = _collect(stage, states, run, looked_at, source)
         rescale_stage(stage, source, inputs)
         for name in looked_at:

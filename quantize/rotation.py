@@ -75,6 +75,18 @@ def random_signs(n: int) -> Array:
     return np.random.default_rng(SEED).choice(np.array([-1, 1], np.float32), n)
 
 
+def rotated(rows: Array) -> Array:
+    """Rows `[R, D]` in the rotated basis: times `diag(random_signs(D)) hadamard(D)`."""
+    width = rows.shape[1]
+    return rotate_columns(rows * random_signs(width), width)
+
+
+def rotated_back(rows: Array) -> Array:
+    """Rows `[R, D]` of the rotated basis in the one that they came from."""
+    width = rows.shape[1]
+    return np.asarray(rows @ hadamard(width).T * random_signs(width), np.float32)
+
+
 def _factors(n: int) -> tuple[int, ...]:
     """Orders whose product is n: those of Paley's first, then powers of two.
 

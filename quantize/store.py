@@ -95,10 +95,6 @@ class QuantizedSource:
             return f"{self.component}/{name}"
         return f"{origin}.{self.rule(name).method}" if name in self.matrices else origin
 
-    def published(self, name: str) -> Array:
-        """A parameter as float32 as it was published."""
-        return self._source.array(name)
-
     def unrounded(self, name: str) -> Array:
         """A parameter as float32: as published, or as a rescale has changed it."""
         return self._changed[name] if name in self._changed else self._source.array(name)
@@ -140,6 +136,7 @@ class QuantizedSource:
         """Puts other float32 numbers in the place of a parameter, as a rescale does."""
         self._changed[name] = self._mapped(f"{name}.changed", value)
         self._codes.pop(name, None)
+        self._tied.pop(name, None)
 
     def _keep(self, name: str, made: QuantTensor) -> QuantTensor:
         return QuantTensor(
