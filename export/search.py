@@ -22,7 +22,7 @@ from lorgnette.quantize.calibrate import calibrate
 from lorgnette.quantize.plan import QuantPlan
 from lorgnette.quantize.plan_file import check_rules
 from lorgnette.quantize.plan_text import rule_text, to_toml
-from lorgnette.quantize.samples import Sample
+from lorgnette.quantize.samples import Sample, split_samples
 from lorgnette.quantize.search import Candidate, Point, frontier, spend
 from lorgnette.quantize.store import QuantizedModel
 from lorgnette.recipe import PlanText
@@ -116,6 +116,10 @@ class Found:
         """The same with scales and zero points."""
         pairs = zip(self.units, point.chosen, strict=True)
         return 8 * sum(unit.bytes(number) for unit, number in pairs) / self.weights
+
+    def plan_of(self, chosen: Sequence[int]) -> QuantPlan:
+        """The plan of some choices."""
+        return plan_of(self.units, chosen, self.plan.name, "")
 
     def toml(self) -> str:
         """The plan as a file, with what was measured of each unit."""
@@ -340,3 +344,32 @@ class Search:
     def _bits(self, point: Point) -> float:
         pairs = list(zip(self.units, point.chosen, strict=True))
         return sum(u.code_bits(n) for u, n in pairs) / sum(u.weights for u in self.units)
+
+
+def plan_name(limit: Limit) -> str:
+    """What the plan of a limit is called: `mixed-3.5` of bits."""
+    value = f"{limit.value:g}".replace("+", "")
+    return f"mixed-{value}" if limit.kind == "bits" else f"mixed-{value}-{limit.kind}"
+
+
+def split_for_search(name: str, samples: Sequence[Sample], count: int) -> Samples:
+    """A set as a search takes it: `count` samples to measure on, three times as many to calibrate.
+
+    Args:
+        name: What the set is called.
+        samples: All of it.
+        count: How many to measure on at most.
+    """
+    calibrating, measuring = split_samples(samples)
+    return Samples(name, calibrating[: 3 * count], measuring[:count])
+
+
+def floats_of(parts: Parts) -> list[dict[str, str | int]]:
+    """Parameters that no plan rounds, with their bytes as float32."""
+    names = matrix_names(parts.components)
+    return [
+        {"name": f"{component}/{name}", "bytes": 4 * math.prod(shape)}
+        for component, source in parts.sources.items()
+        for name, shape in source.shapes.items()
+        if name not in names[component]
+    ]

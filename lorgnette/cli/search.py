@@ -106,3 +106,233 @@ def search(
     else:
         for line in _lines(document):
             click.echo(printable(line))
+
+
+def _check_files(out: Path, plot: Path | None, force: bool) -> None:
+    """Refuses what could not be written, before a search of minutes.
+
+    Raises:
+        LorgnetteError: Naming the file.
+    """
+    require_extra("export")
+    if plot is not None:
+        require_extra("report")
+    for path, ending in ((out, ".toml"), (plot, ".svg")):
+        if path is None:
+            continue
+        if path.suffix != ending:
+            raise LorgnetteError("the file's name ends otherwise", where=path, wanted=ending)
+        if not path.absolute().parent.is_dir():
+            raise LorgnetteError("no such folder", where=path.parent)
+        if path.exists() and not (force and path.is_file()):
+            hint = "give --force to replace it" if path.is_file() else None
+            raise LorgnetteError("something stands there already", where=path, hint=hint)
+
+
+def _search(
+    checkpoint: Path,
+    vision: Path | None,
+    target: str,
+    limit: Limit,
+    calibrate: Path | None,
+    count: int,
+    out: Path,
+    plot: Path | None,
+    step: Callable[[str], None],
+    part: Callable[[int, int], None],
+) -> tuple[Found, dict[str, Any]]:
+    """Runs the search and draws the plot."""
+    from lorgnette.cli.predict import bundle_weight_bytes
+    from lorgnette.export.families import open_checkpoint
+    from lorgnette.export.matrices import matrix_names
+    from lorgnette.export.pipeline import read_parts
+    from lorgnette.export.search import Progress, Search, plan_name
+    from lorgnette.recipe import Recipe
+    from lorgnette.targets import find_target
+
+    found_target = find_target(target)
+    step("read checkpoint")
+    parts = read_parts(open_checkpoint(checkpoint, vision), Recipe(target=target))
+    weight_bytes = partial(bundle_weight_bytes, parts.sources, matrix_names(parts.components))
+    folder = out.absolute().parent
+    search = Search(parts, found_target, _samples(calibrate, count), folder, Progress(step, part))
+    found = search.run(limit, plan_name(limit), weight_bytes)
+    compared = _compare(search, weight_bytes) if plot is not None else {}
+    document = _document(checkpoint, target, limit, parts, found, weight_bytes, compared)
+    document |= {"out": str(out), "plot": plot and str(plot)}
+    if plot is not None:
+        from lorgnette.report import plots
+
+        plot.write_bytes(plots.frontier(*_spots(document)))
+    return found, document
+
+
+def _samples(path: Path | None, count: int) -> Samples:
+    from lorgnette.export.search import split_for_search
+    from lorgnette.quantize.samples import default_samples, read_samples
+
+    name = "default" if path is None else path.resolve().name
+    return split_for_search(name, read_samples(path or default_samples()), count)
+
+
+def _compare(search: Search, weight_bytes: WeightBytes) -> dict[str, dict[str, Any]]:
+    """Named plans, measured on the same questions."""
+    from lorgnette.quantize.plan import PLANS
+
+    found = {}
+    for name in COMPARED:
+        loss = search.measure_plan(PLANS[name])
+        found[name] = {
+            "bytes": weight_bytes(PLANS[name]),
+            "loss": loss.kl,
+            "same_answer": loss.same_answer,
+        }
+    return found
+
+
+def _document(
+    checkpoint: Path,
+    target: str,
+    limit: Limit,
+    parts: Parts,
+    found: Found,
+    weight_bytes: WeightBytes,
+    compared: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """Everything that was found, as JSON."""
+    from lorgnette.export.search import floats_of
+
+    def plan(chosen: tuple[int, ...]) -> QuantPlan:
+        return found.plan_of(chosen)
+
+    points = [
+        {
+            "bytes": weight_bytes(plan(point.chosen)),
+            "bits": found.bits(point),
+            "stored_bits": found.stored_bits(point),
+            "predicted_loss": point.loss,
+        }
+        for point in found.points
+    ]
+    chosen = found.chosen
+    return {
+        "checkpoint": str(checkpoint),
+        "target": target,
+        "limit": {limit.kind: limit.value},
+        "sample_set": found.answers.sample_set,
+        "samples": len(found.answers.answers),
+        "units": [
+            {
+                "name": unit.name,
+                "weights": unit.weights,
+                "scheme": unit.rules[number].scheme.full_name,
+                "tried": [
+                    {
+                        "scheme": rule.scheme.full_name,
+                        "bytes": unit.bytes(n),
+                        "loss": loss.kl,
+                        "same_answer": loss.same_answer,
+                    }
+                    for n, (rule, loss) in enumerate(zip(unit.rules, losses, strict=True))
+                ],
+            }
+            for unit, number, losses in zip(found.units, chosen.chosen, found.losses, strict=True)
+        ],
+        "points": points,
+        "chosen": {
+            "bytes": weight_bytes(plan(chosen.chosen)),
+            "bits": found.bits(chosen),
+            "stored_bits": found.stored_bits(chosen),
+            "predicted_loss": chosen.loss,
+            "measured_loss": found.measured.kl,
+            "same_answer": found.measured.same_answer,
+        },
+        "compared": compared,
+        "kept_in_float": floats_of(parts),
+        "plan": msgspec.to_builtins(found.plan),
+    }
+
+
+def _lines(document: dict[str, Any]) -> list[str]:
+    points = document["points"]
+    every = max(1, -(-len(points) // SHOWN_POINTS))
+    shown = [*points[:-1:every], points[-1]]
+    rows = [("bytes", "bits", "with scales", "predicted loss")]
+    rows += [
+        (
+            f"{point['bytes']:,}",
+            f"{point['bits']:.2f}",
+            f"{point['stored_bits']:.2f}",
+            f"{point['predicted_loss']:.2e}",
+        )
+        for point in shown
+    ]
+    chosen = document["chosen"]
+    units = [
+        (
+            unit["name"],
+            unit["scheme"],
+            ", ".join(f"{tried['loss']:.1e}" for tried in unit["tried"]),
+        )
+        for unit in document["units"]
+    ]
+    floats = document["kept_in_float"]
+    named = [
+        f"{name}: {size(entry['bytes'])}, loss {entry['loss']:.2e}, "
+        f"same answer {entry['same_answer']:.1%}"
+        for name, entry in document["compared"].items()
+    ]
+    return [
+        f"{len(points)} plans from least loss to fewest bytes, of which {len(shown)}:",
+        *table(rows),
+        "chosen, with the loss of each scheme that was tried:",
+        *table(units),
+        f"stay float32: {len(floats)} norms, biases and others, "
+        f"{size(sum(entry['bytes'] for entry in floats))}",
+        *named,
+        f"{document['out']}: {size(chosen['bytes'])}, {chosen['bits']:.2f} bits a weight, "
+        f"{chosen['stored_bits']:.2f} with scales",
+        f"loss predicted {chosen['predicted_loss']:.2e}, measured {chosen['measured_loss']:.2e} "
+        f"on {document['samples']} questions, same answer {chosen['same_answer']:.1%}",
+    ]
+
+
+def _spots(document: dict[str, Any]) -> tuple[list[Spot], dict[str, Spot]]:
+    """The line of a plot, and what is marked beside it."""
+    line = [(point["bytes"], point["predicted_loss"]) for point in document["points"]]
+    chosen = document["chosen"]
+    marked = {
+        "found, measured": (chosen["bytes"], chosen["measured_loss"]),
+        **{name: (entry["bytes"], entry["loss"]) for name, entry in document["compared"].items()},
+    }
+    return line, marked
+
+
+@contextmanager
+def telling() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
+    """Tells a terminal on stderr about each step and its parts; says nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda name: None, lambda done, of: None
+        return
+    now, told, started = "", 0.0, 0.0
+
+    def finish() -> None:
+        if now:
+            click.echo(f"\r{now} ... {time.perf_counter() - started:.1f} s\033[K", err=True)
+
+    def step(name: str) -> None:
+        nonlocal now, started
+        finish()
+        now, started = name, time.perf_counter()
+        click.echo(f"{name} ...", err=True, nl=False)
+
+    def part(done: int, of: int) -> None:
+        nonlocal told
+        if time.perf_counter() - told >= PROGRESS_S:
+            told = time.perf_counter()
+            click.echo(f"\r{now} ... {done} of {of}", err=True, nl=False)
+
+    try:
+        yield step, part
+    finally:
+        finish()
