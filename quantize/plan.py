@@ -22,7 +22,7 @@ from lorgnette.quantize.scheme import (
 GROUP = 32
 
 
-Scaling = Literal["none", "awq", "smoothquant"]
+Scaling = Literal["none", "awq", "outliers", "smoothquant"]
 """How channels between two matrices are rescaled before they are rounded; see `scaling/`."""
 
 
@@ -149,8 +149,8 @@ PLANS: dict[str, QuantPlan] = {
             "outliers evened out by calibration",
             (
                 *SMALL_VISION,
-                Rule("vision_encoder/*", BY_CHANNEL, "mse", "smoothquant"),
-                *_decoder(8, "mse", "smoothquant"),
+                Rule("vision_encoder/*", BY_CHANNEL, "mse", "outliers"),
+                *_decoder(8, "mse", "outliers"),
             ),
             promise=Promise(0.01, 0.9),
         ),
@@ -160,8 +160,8 @@ PLANS: dict[str, QuantPlan] = {
             "integer kernels, calibrated: outliers evened out, errors made up for (GPTQ)",
             (
                 *SMALL_VISION,
-                Rule("vision_encoder/*", BY_CHANNEL, "mse", "smoothquant"),
-                *_decoder(4, "gptq", "smoothquant"),
+                Rule("vision_encoder/*", BY_CHANNEL, "mse", "outliers"),
+                *_decoder(4, "gptq", "outliers"),
             ),
             promise=Promise(0.1, 0.5),
         ),

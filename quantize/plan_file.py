@@ -16,7 +16,7 @@
     symmetric = true                # false: a zero point a group; left out: true
     activations = "float"           # or "int8_group", "int8_token", "int8_static"
     method = "rtn"                  # or "mse", "hqq", "gptq"; left out: "rtn"
-    scaling = "none"                # or "awq", "smoothquant": even out channels first
+    scaling = "none"                # or "awq", "outliers", "smoothquant": rescale first
 
     [[rule]]
     select = "*"
