@@ -30,7 +30,7 @@ from lorgnette.export.layers.vision import SiglipTower
 from lorgnette.export.trace import build_module
 from lorgnette.export.weights import module_shapes
 from lorgnette.quantize.methods import rtn
-from lorgnette.quantize.plan import PLANS, VISION_INT8, QuantPlan, Rule
+from lorgnette.quantize.plan import PLANS, SMALL_VISION, QuantPlan, Rule
 from lorgnette.quantize.scheme import FLOAT32, InputRange, QuantScheme, QuantTensor
 from lorgnette.spec import VisionSpec
 from tests.projector_weights import random_tensors
@@ -90,8 +90,7 @@ def plan_of(scheme: QuantScheme) -> QuantPlan:
 
 def integers(scheme: QuantScheme) -> QuantPlan:
     """A scheme for all but patches of pixels, as the named plans have it."""
-    embed, gate, _ = VISION_INT8
-    return RangedPlan("one", "", (embed, gate, Rule("*", scheme)))
+    return RangedPlan("one", "", (*SMALL_VISION, Rule("*", scheme)))
 
 
 def by_tensor(weight: NDArray[np.float32], bias: NDArray[np.float32]) -> bytes:

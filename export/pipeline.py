@@ -35,6 +35,7 @@ from lorgnette.export.tokenizer_files import read_tokenizer_json
 from lorgnette.export.trace import build_module, trace
 from lorgnette.export.weights import WeightSource, check_all_used, module_shapes
 from lorgnette.manifest import (
+    CACHE8,
     FORMAT_MAJOR,
     FORMAT_MINOR,
     Bounds,
@@ -281,6 +282,7 @@ def _verify_exact(folder: Path, manifest: Manifest, target: Target) -> Ladder:
     bounds = Bounds(image_tokens=FLOAT_BOUND, logits=FLOAT_BOUND, greedy_ids_equal=False)
     exact = msgspec.structs.replace(
         manifest,
+        requires=tuple(name for name in manifest.requires if name != CACHE8),
         components=tuple(components),
         golden=msgspec.structs.replace(manifest.golden, bounds=bounds),
         files=list_files(folder),

@@ -43,7 +43,8 @@ class CacheRanges:
 def cache_scale(largest: NDArray[np.float32]) -> NDArray[np.float32]:
     """The steps of channels whose largest elements were these, never 0."""
     scale = largest * np.float32(MARGIN / MOST)
-    return np.maximum(scale, np.float32(1e-30), dtype=np.float32)
+    fitting: NDArray[np.float32] = np.maximum(scale, np.float32(1e-30))
+    return fitting
 
 
 def round_cached(cached: Tensor, scale: Tensor) -> Tensor:

@@ -11,8 +11,9 @@
     select = "vision_encoder/*"     # fnmatch over component/parameter
     bits = 8                        # 2, 3, 4, 8: integers; 16, 32: floats, with nothing below
     group = 32                      # columns with one scale; or "channel", "tensor"; left out: 32
+    scale_bits = 32                 # of a group's scale: 32, 16 or 8, which is a whole multiple of
+                                    # one number a row; left out: 32
     symmetric = true                # false: a zero point a group; left out: true
-    scale_bits = 32                 # bits of a scale: 8, 16, 32; left out: 32
     activations = "float"           # or "int8_group", "int8_token", "int8_static"
     method = "rtn"                  # or "mse", "hqq", "gptq"; left out: "rtn"
     scaling = "none"                # or "awq", "smoothquant": even out channels first
@@ -61,8 +62,8 @@ MAX_BYTES = 1 << 20
 MAX_RULES = 1000
 INTEGER_KEYS = (
     "group",
-    "symmetric",
     "scale_bits",
+    "symmetric",
     "activations",
     "method",
     "scaling",
@@ -263,7 +264,7 @@ def _rule(text: PlanRule, where: str) -> Rule:
 
 
 def _palette(text: PlanRule, where: str) -> QuantScheme:
-    _refuse(text, ("group", "symmetric", "scale_bits", "activations"), "palette = true", where)
+    _refuse(text, ("group", "scale_bits", "symmetric", "activations"), "palette = true", where)
     rows = text.rows or 0
     if rows < 0:
         raise ConfigError("'rows' is out of bounds", where=where, got=rows, wanted="1 or more")
@@ -281,11 +282,11 @@ def _steps(text: PlanRule, where: str) -> QuantScheme:
     _one_of("scale_bits", scale_bits, get_args(ScaleBits), where)
     return QuantScheme(
         bits=text.bits,
+        scale_bits=msgspec.convert(scale_bits, ScaleBits),
         group_size=0 if isinstance(group, str) else group,
         symmetric=text.symmetric is not False,
         activations=msgspec.convert(activations, Activations),
         per_tensor=group == TENSOR,
-        scale_bits=msgspec.convert(scale_bits, ScaleBits),
     )
 
 

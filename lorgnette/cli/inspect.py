@@ -57,10 +57,12 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
     """A bundle's manifest and what follows from it; sizes are checked, contents are not."""
     from lorgnette.bundle import open_bundle
     from lorgnette.cli import predict
+    from lorgnette.manifest import CACHE8
 
     manifest = open_bundle(path).manifest
     spec, context = manifest.spec, manifest.context_length
-    kv = predict.kv_bytes_per_token(spec.text)
+    cache_bits = 8 if CACHE8 in manifest.requires else 32
+    kv = predict.kv_bytes_per_token(spec.text, cache_bits)
     weights = sum(sum(entry.weight_bytes.values()) for entry in manifest.components)
     return {
         "kind": "bundle",
@@ -80,7 +82,9 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "components": _components(manifest),
         "pictures": predict.pictures(spec, manifest.preprocess),
         "kv_cache_bytes": {"per_1000_tokens": 1000 * kv, "at_full_context": context * kv},
-        "predicted_memory_bytes": predict.memory(spec, manifest.preprocess, context, weights),
+        "predicted_memory_bytes": predict.memory(
+            spec, manifest.preprocess, context, weights, cache_bits
+        ),
         "files": [msgspec.to_builtins(entry) for entry in manifest.files],
         "bytes": sum(entry.bytes for entry in manifest.files),
     }

@@ -19,9 +19,9 @@ PICTURES = (("640x480", 640, 480), ("1:1", 1024, 1024))
 """Example pictures: name, width, height."""
 
 
-def kv_bytes_per_token(text: TextSpec) -> int:
-    """Keys and values of one position in every layer, float32."""
-    return text.layers * 2 * text.kv_heads * text.head_size * FLOAT32_BYTES
+def kv_bytes_per_token(text: TextSpec, bits: int = 32) -> int:
+    """Keys and values of one position in every layer."""
+    return text.layers * 2 * text.kv_heads * text.head_size * bits // 8
 
 
 def tiles_of(width: int, height: int, preprocess: Preprocess) -> int:
@@ -43,14 +43,18 @@ def pictures(spec: ModelSpec, preprocess: Preprocess) -> list[dict[str, Any]]:
 
 
 def memory(
-    spec: ModelSpec, preprocess: Preprocess, context_length: int, weight_bytes: int
+    spec: ModelSpec,
+    preprocess: Preprocess,
+    context_length: int,
+    weight_bytes: int,
+    cache_bits: int = 32,
 ) -> dict[str, int]:
     """What a run holds at most: weights, a full KV cache, the image tokens of a square picture.
 
     A prediction, and a lower bound: Python, the engine's code, its own copies of weights and the
     activations come on top.
     """
-    kv = kv_bytes_per_token(spec.text) * context_length
+    kv = kv_bytes_per_token(spec.text, cache_bits) * context_length
     tokens = tiles_of(1024, 1024, preprocess) * spec.image_tokens_per_tile
     image = tokens * spec.text.hidden_size * FLOAT32_BYTES
     return {

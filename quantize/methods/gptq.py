@@ -12,6 +12,7 @@ from lorgnette.errors import ConfigError
 from lorgnette.quantize.blocks import by_rows
 from lorgnette.quantize.inputs import LayerInputs
 from lorgnette.quantize.methods import mse, rtn
+from lorgnette.quantize.refine import refined
 from lorgnette.quantize.scheme import QuantScheme, QuantTensor
 
 Array = NDArray[np.float32]
@@ -62,6 +63,9 @@ def quantize(weight: Array, scheme: QuantScheme, inputs: LayerInputs | None = No
     # What is too large for float32 ends as rows that are rounded to nearest.
     with np.errstate(over="ignore", invalid="ignore"):
         found = _rounded(alive, scheme, feedback(moment, scheme))
+        if scheme.group_size:
+            damped = moment + np.diag(np.float32(DAMPING) * np.diagonal(moment))
+            found = refined(alive, damped, found)
         return _better_rows(weight, moment, found, rtn.quantize(alive, scheme))
 
 

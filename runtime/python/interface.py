@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from lorgnette.bundle import Bundle
 from lorgnette.errors import BundleError, ConfigError
-from lorgnette.manifest import ComponentEntry, Manifest, TensorEntry
+from lorgnette.manifest import CACHE8, ComponentEntry, Manifest, TensorEntry
 from lorgnette.runtime.preprocess import check_spec
 from lorgnette.spec import TilePreprocess
 
@@ -97,7 +97,8 @@ def _wanted(manifest: Manifest) -> dict[str, tuple[Tensors, Tensors]]:
 def _check_caches(bundle: Bundle, decoder: ComponentEntry) -> None:
     """Keys and values of every layer, as many out as in."""
     text = bundle.manifest.spec.text
-    wanted = [("float32", (1, text.kv_heads, "S", text.head_size))] * (2 * text.layers)
+    dtype = "int8" if CACHE8 in bundle.manifest.requires else "float32"
+    wanted = [(dtype, (1, text.kv_heads, "S", text.head_size))] * (2 * text.layers)
     for tensors in (decoder.cache_inputs, decoder.cache_outputs):
         got = [(tensor.dtype, tensor.shape) for tensor in tensors]
         if got != wanted:

@@ -18,6 +18,7 @@ from lorgnette.export.component import Component, TensorSpec
 from lorgnette.quantize.scales import split_scales
 from lorgnette.quantize.scheme import InputRange, QuantScheme, QuantTensor
 from lorgnette.quantize.store import QuantizedSource
+from lorgnette.targets.onnx.packing import HIGH_BIT, as_halves, pack_codes, read_as
 from lorgnette.targets.onnx.weight_file import WeightFile
 
 if TYPE_CHECKING:
@@ -28,9 +29,6 @@ OPSET = {"": 21, CONTRIB: 1}
 BROADCASTS = "broadcasts"
 """Note on a node whose operands are of different shapes; not written to the file."""
 IR_VERSION = 10  # the newest that the oldest supported engine reads, with opset 21
-
-HIGH_BIT = np.uint8(8)
-"""Of int4 it means -8: flipping it in a code of 4 bits subtracts 8."""
 
 DTYPES = {
     torch.float32: ir.DataType.FLOAT,
@@ -189,12 +187,12 @@ class GraphBuilder:
         size = (-(-math.prod(shape) // 2),)
         if not scheme.group_size:
             codes = part("columns", size, lambda made: pack_codes(made.codes.T.reshape(1, -1), 4))
-            _read_as(codes, ir.DataType.UINT4, shape)
+            read_as(codes, ir.DataType.UINT4, shape)
             return codes, None, self._scales(parameter, scheme, (rows,))
         codes = part(
             "columns", size, lambda made: pack_codes(made.codes.T.reshape(1, -1) ^ HIGH_BIT, 4)
         )
-        _read_as(codes, ir.DataType.INT4, shape)
+        read_as(codes, ir.DataType.INT4, shape)
         most, steps = scheme.most_steps, (scheme.groups(columns), rows)
         return (
             codes,
@@ -229,7 +227,7 @@ class GraphBuilder:
 
         def made_wide() -> ir.Value:
             if scheme.scale_bits == 16:
-                return widen(part("scales", shape, lambda made: _halves(made.scales)))
+                return widen(part("scales", shape, lambda made: as_halves(made.scales)))
             most = scheme.most_steps
             steps = part("scales", shape, lambda made: split_scales(made.scales, most)[0])
             number = part("rows", (shape[0], 1), lambda made: split_scales(made.scales, most)[1])
@@ -322,46 +320,6 @@ class GraphBuilder:
             shape=ir.Shape(shape),
             type=ir.TensorType(tensor.dtype),
         )
-
-
-def pack_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Codes to bytes: the first column in the lowest bits, each row whole bytes.
-
-    Shapes: uint8 `[rows, columns]` to `[rows, ceil(columns * bits / 8)]`; 2, 4 or 8 bits.
-    """
-    a_byte = 8 // bits
-    missing = -codes.shape[1] % a_byte
-    filled = np.pad(codes, ((0, 0), (0, missing))) if missing else codes
-    packed: NDArray[np.uint8] = filled[:, 0::a_byte].copy()
-    for place in range(1, a_byte):
-        packed |= filled[:, place::a_byte] << np.uint8(bits * place)
-    return packed
-
-
-def _read_as(value: ir.Value, dtype: ir.DataType, shape: tuple[int, ...]) -> None:
-    """Makes a stored array of bytes one of two numbers a byte."""
-    bytes_ = value.const_value
-    if isinstance(bytes_, ir.ExternalTensor) and bytes_.dtype != dtype:
-        value.const_value = ir.ExternalTensor(
-            location=bytes_.location,
-            offset=bytes_.offset,
-            length=bytes_.length,
-            dtype=dtype,
-            shape=ir.Shape(shape),
-            name=bytes_.name,
-            base_dir=bytes_.base_dir,
-        )
-        value.shape, value.type = ir.Shape(shape), ir.TensorType(dtype)
-
-
-def _halves(scales: NDArray[np.float32]) -> NDArray[np.float16]:
-    half = scales.astype(np.float16)
-    if not np.array_equal(half.astype(np.float32), scales):
-        raise ConfigError(
-            "scales of a matrix are no float16 numbers",
-            hint="the method that made them must round them before it chooses codes",
-        )
-    return half
 
 
 def _io_value(spec: TensorSpec) -> ir.Value:

@@ -66,8 +66,8 @@ def integer_matmul(
 
 
 def _check(builder: GraphBuilder, weight: str, scheme: QuantScheme) -> None:
-    by_row = scheme.bits in (4, 8) and not scheme.group_size
-    by_multiple = scheme.bits == 4 and scheme.scale_bits == 8
+    by_row = scheme.bits in (4, 8) and not scheme.group_size and scheme.scale_bits == 32
+    by_multiple = scheme.bits == 4 and scheme.group_size > 0 and scheme.scale_bits == 8
     if scheme.palette or not scheme.symmetric or not (by_row or by_multiple):
         raise ConfigError(
             "integer kernels cannot carry the scheme of a weight",

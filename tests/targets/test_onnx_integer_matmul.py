@@ -229,6 +229,8 @@ def test_the_reference_rounds_as_the_oracle_does(columns: int, group: int, size:
 REFUSED = {
     "int3c": QuantScheme(bits=3, activations="int8_token"),
     "int4g32": QuantScheme(bits=4, group_size=32, activations="int8_token"),
+    "int4cb15": QuantScheme(bits=4, activations="int8_token", scale_bits=8),
+    "int8ch": QuantScheme(bits=8, activations="int8_static", scale_bits=16),
     "int4g32h": QuantScheme(bits=4, group_size=32, activations="int8_static", scale_bits=16),
     "int8g32b1": QuantScheme(bits=8, group_size=32, activations="int8_token", scale_bits=8),
     "palette4": QuantScheme(bits=4, palette=True, activations="int8_token"),

@@ -16,7 +16,7 @@ from lorgnette.quantize.methods import load_method, mse, rtn
 from lorgnette.quantize.plan import PLANS, QuantPlan, Rule, find_plan
 from lorgnette.quantize.reference.rounding import rtn_group
 from lorgnette.quantize.scheme import FLOAT16, FLOAT32, QuantScheme
-from lorgnette.targets.onnx.graph import pack_codes
+from lorgnette.targets.onnx.packing import pack_codes
 
 Matrix = NDArray[np.float32]
 GROUP = 32

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from lorgnette.errors import ConfigError
 from lorgnette.quantize.inputs import LayerInputs
 from lorgnette.quantize.methods import gptq, mse, rtn
-from lorgnette.quantize.reference.gptq import damped, gptq_row, output_error
+from lorgnette.quantize.reference.gptq import damped, gptq_row, output_error, refined_row
+from lorgnette.quantize.refine import BLOCK, refined
 from lorgnette.quantize.scheme import GROUP_SIZES, INTEGER_BITS, QuantScheme, QuantTensor
 from tests.unit.quantize_cases import Matrix, correlated, layer_inputs, trained_like
 
@@ -69,6 +70,63 @@ def test_codes_are_the_oracles(
             assert made.codes[row, :columns].tolist() == wanted.codes
     zeros = made.zero_points.repeat(made.codes.shape[1] // made.scales.shape[1], axis=1)
     assert np.array_equal(made.codes[:, columns:], zeros[:, columns:])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 150),
+    st.sampled_from(INTEGER_BITS),
+    st.sampled_from(GROUP_SIZES),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_the_last_look_is_the_oracles(
+    rows: int, columns: int, bits: int, group_size: int, symmetric: bool, seed: int
+) -> None:
+    scheme = QuantScheme(bits=bits, group_size=group_size, symmetric=symmetric)
+    weight, seen = trained_like(rows, columns, seed), correlated(columns + 8, columns, seed)
+    seen[:, :: columns // 3 + 2] = 0
+    inputs, before = layer_inputs(seen), rtn.quantize(weight, scheme)
+    made = refined(weight, inputs.second_moment, before)
+    exact = np.zeros((before.codes.shape[1],) * 2)
+    exact[:columns, :columns] = inputs.second_moment
+    for row in range(rows):
+        steps = zip(before.scales[row].tolist(), before.zero_points[row].tolist(), strict=True)
+        filled = [*weight[row].tolist(), *[0.0] * (len(exact) - columns)]
+        codes = before.codes[row].tolist()
+        wanted = refined_row(filled, codes, list(steps), exact, bits, BLOCK)
+        if wanted.margin > 1e-3:
+            assert made.codes[row].tolist() == wanted.codes
+            np.testing.assert_allclose(made.scales[row], wanted.scales, rtol=1e-3)
+    assert np.array_equal(made.zero_points, before.zero_points)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 150), schemes, st.integers(0, 99))
+def test_the_last_look_never_raises_the_error_of_a_row(
+    rows: int, columns: int, scheme: QuantScheme, seed: int
+) -> None:
+    scheme = scheme if scheme.group_size else QuantScheme(bits=scheme.bits, group_size=16)
+    weight = trained_like(rows, columns, seed)
+    inputs = layer_inputs(correlated(9, columns, seed))
+    before = rtn.quantize(weight, scheme)
+    after = refined(weight, inputs.second_moment, before)
+    for row in range(rows):
+        was, now = (
+            output_error(weight[row : row + 1], m.dequantize()[row : row + 1], inputs.second_moment)
+            for m in (before, after)
+        )
+        assert now <= was * (1 + 1e-3) + 1e-12
+
+
+def test_the_last_look_takes_off_some_of_the_error() -> None:
+    weight, inputs = trained_like(96, 256), layer_inputs(correlated(2048, 256))
+    for bits in INTEGER_BITS:
+        scheme = QuantScheme(bits=bits, group_size=32)
+        before = gptq._rounded(weight, scheme, gptq.feedback(inputs.second_moment, scheme))
+        after = refined(weight, inputs.second_moment, before)
+        assert error(weight, after, inputs) < 0.96 * error(weight, before, inputs)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

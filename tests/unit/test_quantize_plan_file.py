@@ -87,6 +87,12 @@ HEAD = 'name = "mine"\n'
         (HEAD + RULE + "group = 0", ["'group'", "got 0"]),
         (HEAD + RULE + "group = true", ["rule 1", "group"]),
         (HEAD + RULE + 'group = "row"', ["'group'", "'row'"]),
+        (HEAD + RULE + "scale_bits = 4", ["'scale_bits'", "got 4", "one of 8, 16, 32"]),
+        (HEAD + RULE + "scale_bits = true", ["rule 1", "scale_bits"]),
+        (
+            HEAD + RULE.replace("4", "16") + "scale_bits = 16",
+            ["'scale_bits' does not go with bits = 16"],
+        ),
         (HEAD + RULE + "symmetric = 1", ["rule 1", "symmetric"]),
         (HEAD + RULE + 'activations = "int4"', ["'activations'", "float, int8_group, int8_token"]),
         (HEAD + RULE + 'method = "gptq"', ["'method'", "'gptq'", "hqq, mse, rtn"]),
@@ -125,6 +131,13 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         read_plan_file(tmp_path / "long.toml")
     with pytest.raises(ConfigError, match="cannot read the plan"):
         read_plan_file(tmp_path)
+
+
+@pytest.mark.parametrize(("line", "form"), [("", "int4g32"), ("scale_bits = 8", "int4g32b")])
+def test_a_plan_says_how_wide_scales_are(tmp_path: Path, line: str, form: str) -> None:
+    text = read_plan_file(written(tmp_path, HEAD + RULE + line))
+    (rule,) = build_plan(text, "here").rules
+    assert rule.scheme.form == form
 
 
 names = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,39}", fullmatch=True).filter(lambda n: n not in PLANS)
