@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from lorgnette.bundle import open_bundle
 from lorgnette.errors import EXIT_CHECK_FAILED, EXIT_WRONG_INPUT, ConfigError, VerifyError
 from lorgnette.export.answers import OriginalAnswers, original_answers
 from lorgnette.export.check import Parts
@@ -32,8 +34,9 @@ from lorgnette.quantize.plan import QuantPlan
 from lorgnette.quantize.plan_file import build_plan, check_rules, read_plan_file
 from lorgnette.quantize.samples import Sample
 from lorgnette.quantize.store import QuantizedModel, QuantizedSource
-from lorgnette.recipe import Recipe
+from lorgnette.recipe import PlanRule, PlanText, Recipe
 from lorgnette.targets import find_target
+from lorgnette.targets.target import Target
 from tests.unit.cli_helpers import ZOO, call, document
 from tests.zoo.calibration_set import calibration_samples
 from tests.zoo.checkpoint import CHECKPOINTS
@@ -66,7 +69,10 @@ class Case:
 @pytest.fixture(scope="module", params=[ZOO, TIED], ids=["plain", "tied"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     parts = read_parts(open_checkpoint(request.param, None), Recipe())
-    units = tuple(find_units(parts, find_target("onnx-cpu")))
+    units = tuple(
+        replace(unit, rules=unit.rules[:1] + unit.rules[-1:] if len(unit.rules) > 1 else unit.rules)
+        for unit in find_units(parts, find_target("onnx-cpu"))
+    )
     prepared = prepare_samples(parts, drawn(3))
     folder = tmp_path_factory.mktemp("codes")
     models = quantize_candidates(parts, units, folder, prepared, lambda done, of: None)
@@ -161,13 +167,14 @@ def test_a_large_model_is_walked_a_step_at_a_time(
 
 def test_units_hold_every_matrix_once_and_select_it(case: Case) -> None:
     matrices = matrices_of(case.parts.components)
-    held = [str(matrix) for unit in case.units for matrix in unit.matrices]
+    units = find_units(case.parts, find_target("onnx-cpu"))
+    held = [str(matrix) for unit in units for matrix in unit.matrices]
     assert sorted(held) == sorted(map(str, matrices))
     for number in range(5):
-        plan = plan_of(case.units, [number] * len(case.units), "mine", "")
+        plan = plan_of(units, [number] * len(units), "mine", "")
         check_rules(plan, matrices)
         assert not find_target("onnx-cpu").check(matrices, plan)
-        for unit in case.units:
+        for unit in units:
             wanted = unit.rules[min(number, len(unit.rules) - 1)]
             for matrix in unit.matrices:
                 rule = plan.rule_for(matrix.component, matrix.name)
@@ -182,7 +189,7 @@ def test_units_hold_every_matrix_once_and_select_it(case: Case) -> None:
         for part in source._parts[name]
     }
     count = sum(math.prod(shapes[name]) for name in parts_of_matrices)
-    assert sum(unit.weights for unit in case.units) == count, "what is tied counts once"
+    assert sum(unit.weights for unit in units) == count, "what is tied counts once"
 
 
 # The limits of a search, with losses that are made up
@@ -296,7 +303,8 @@ def test_too_few_bits_are_refused_before_anything_is_measured(
     monkeypatch.setattr(MadeUp, "measure", never)
     with pytest.raises(ConfigError, match="no plan has so few bits") as caught:
         made_up.run(Limit("bits", 1.5), "mine")
-    assert caught.value.wanted == "2.27 or more"
+    least = code_bits(made_up, plan_of(made_up.units, [9] * len(made_up.units), "", ""))
+    assert caught.value.wanted == f"{math.ceil(100 * least) / 100:g} or more"
     with pytest.raises(ConfigError, match="no plan makes the weights so small") as caught:
         made_up.run(Limit("bytes", 1000), "mine", lambda plan: 5000)
     assert caught.value.wanted == "5000 or more"
@@ -306,7 +314,7 @@ def test_too_few_bits_are_refused_before_anything_is_measured(
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
+def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A search on the zoo with four samples."""
     folder = tmp_path_factory.mktemp("search")
     lines = []
@@ -321,26 +329,26 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return folder, told
 
 
-def test_the_command_writes_plan_and_plot(searched: tuple[Path, dict[str, object]]) -> None:
+def test_the_command_writes_plan_and_plot(searched: tuple[Path, dict[str, Any]]) -> None:
     folder, told = searched
     text = read_plan_file(folder / "plan.toml")
     assert text.name == "mixed-4"
-    assert told["plan"]["name"] == "mixed-4"  # type: ignore[index]
+    assert told["plan"]["name"] == "mixed-4"
     parts = read_parts(open_checkpoint(ZOO, None), Recipe())
     plan = build_plan(text, "here")
     matrices = matrices_of(parts.components)
     check_rules(plan, matrices)
     assert not find_target("onnx-cpu").check(matrices, plan)
-    for unit in told["units"]:  # type: ignore[attr-defined]
+    for unit in told["units"]:
         assert f"# {unit['name']}: loss" in (folder / "plan.toml").read_text()
         assert min(tried["loss"] for tried in unit["tried"]) >= 0
     chosen = told["chosen"]
-    assert chosen["bits"] <= 4  # type: ignore[index]
-    assert chosen["same_answer"] == 1  # type: ignore[index]
+    assert chosen["bits"] <= 4
+    assert chosen["same_answer"] == 1
     points = told["points"]
-    assert [p["bytes"] for p in points] == sorted((p["bytes"] for p in points), reverse=True)  # type: ignore[attr-defined]
-    assert set(told["compared"]) == {"int8", "int4"}  # type: ignore[call-overload]
-    floats = {entry["name"] for entry in told["kept_in_float"]}  # type: ignore[attr-defined]
+    assert [p["bytes"] for p in points] == sorted((p["bytes"] for p in points), reverse=True)
+    assert set(told["compared"]) == {"int8", "int4"}
+    floats = {entry["name"] for entry in told["kept_in_float"]}
     assert "decoder/norm.weight" in floats
     assert not floats & {str(matrix) for matrix in matrices}
     svg = (folder / "plot.svg").read_text()
@@ -352,16 +360,60 @@ def test_the_command_writes_plan_and_plot(searched: tuple[Path, dict[str, object
 
 @pytest.mark.slow
 def test_the_plan_exports_to_as_many_bytes_as_predicted(
-    searched: tuple[Path, dict[str, object]], tmp_path: Path
+    searched: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     folder, told = searched
     out = tmp_path / "mixed.lorg"
     document(
-        "export", ZOO, "--plan", folder / "plan.toml", "--calibrate", folder, "--out", out,
-        "--accept-loss",
+        "export", ZOO, "--plan", folder / "plan.toml", "--calibrate", folder, "--out", out
     )  # fmt: skip
     size = (out / "graphs" / "weights.bin").stat().st_size
-    assert size == told["chosen"]["bytes"]  # type: ignore[index]
+    assert size == told["chosen"]["bytes"]
+
+
+@pytest.mark.slow
+def test_the_plan_mixed_is_searched_for(
+    searched: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "mixed.lorg"
+    document("export", ZOO, "--quant", "mixed", "--calibrate", searched[0], "--out", out)
+    recipe = open_bundle(out).manifest.recipe
+    assert recipe.quant == "mixed-3.5"
+    assert recipe.plan is not None
+    parts = read_parts(open_checkpoint(ZOO, None), Recipe())
+    plan = build_plan(recipe.plan, "here")
+    search = MadeUp(parts, find_target("onnx-cpu"), Samples("none", (), ()), tmp_path)
+    assert 3 < code_bits(search, plan) <= 3.5
+    assert [path.name for path in tmp_path.iterdir()] == ["mixed.lorg"]
+    assert document("verify", out, "--against", ZOO)["passed"]
+
+
+def test_the_rules_that_are_found_for_mixed_are_carried_in_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, Path]] = []
+    rule = PlanRule(select="*", bits=8, group=32, activations="int8_group")
+
+    def found(
+        parts: Parts,
+        target: Target,
+        samples: Sequence[Sample],
+        folder: Path,
+        step: Callable[[str], None],
+    ) -> PlanText:
+        asked.append((len(samples), folder))
+        return PlanText(name="mixed-3.5", rule=(rule,))
+
+    monkeypatch.setattr("lorgnette.export.search.search_mixed", found)
+    out = tmp_path / "new" / "mixed.lorg"
+    document("export", ZOO, "--quant", "mixed", "--measure", "0", "--out", out)
+    assert asked == [(48, tmp_path)]
+    recipe = open_bundle(out).manifest.recipe
+    assert (recipe.quant, recipe.plan) == ("mixed-3.5", PlanText(name="mixed-3.5", rule=(rule,)))
+    again = call("export", ZOO, "--quant", "mixed", "--out", out)
+    assert again.exit_code == EXIT_WRONG_INPUT
+    assert "bundle exists already" in again.stderr
+    assert len(asked) == 1, "what cannot be written is refused before a search"
 
 
 @pytest.mark.parametrize(

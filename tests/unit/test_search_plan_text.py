@@ -5,11 +5,9 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorgnette.errors import ConfigError
 from lorgnette.quantize.plan import Rule, Scaling
 from lorgnette.quantize.plan_file import build_plan, read_plan_file
 from lorgnette.quantize.plan_text import rule_text, to_toml
@@ -89,24 +87,3 @@ def test_a_plan_file_is_readable() -> None:
         'bits = 4\ngroup = 32\nactivations = "int8_group"\nmethod = "gptq"\n'
         'scaling = "smoothquant"\nscale_bits = 16\n'
     )
-
-
-@pytest.mark.parametrize(
-    ("rule", "told"),
-    [
-        (PlanRule(select="*", bits=4, scale_bits=4), "'scale_bits' is out of bounds"),
-        (PlanRule(select="*", bits=16, scale_bits=16), "'scale_bits' does not go with bits = 16"),
-        (
-            PlanRule(select="*", bits=4, palette=True, scale_bits=16),
-            "'scale_bits' does not go with palette",
-        ),
-    ],
-)
-def test_bits_of_scales_are_checked(rule: PlanRule, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
-        build_plan(PlanText(name="mine", rule=(rule,)), "here")
-
-
-def test_scales_have_32_bits_where_nothing_is_said() -> None:
-    plan = build_plan(PlanText(name="mine", rule=(PlanRule(select="*", bits=4),)), "here")
-    assert plan.rules[0].scheme.scale_bits == 32
