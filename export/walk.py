@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lorgnette.export.layers.stages import Stage
-from lorgnette.export.reference import RESIDENT_BYTES
+from lorgnette.export.reference import RESIDENT_BYTES, load_stage
 from lorgnette.export.trace import build_module
-from lorgnette.quantize.calibrate import load_stage
 
 if TYPE_CHECKING:
     from lorgnette.export.check import Parts

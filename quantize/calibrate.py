@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorgnette.errors import ConfigError
 from lorgnette.export.layers.stages import Site, Stage
-from lorgnette.export.reference import set_parameter
+from lorgnette.export.reference import load_stage
 from lorgnette.export.trace import build_module
 from lorgnette.quantize.activations import input_range, round_inputs
 from lorgnette.quantize.cache import CacheRanges
@@ -149,15 +149,6 @@ def linears(stage: Stage) -> list[str]:
 def looks_at(source: QuantizedSource, name: str) -> bool:
     """Whether calibration chooses the codes of a matrix."""
     return not source.is_tied(name) and source.rule(name).looks_at_inputs
-
-
-def load_stage(stage: Stage, read: Callable[[str], Tensor]) -> None:
-    """Puts tensors in the places of all parameters and buffers, by names with the prefix."""
-    for path, layer in stage.module.named_modules():
-        prefix = stage.prefix + (f"{path}." if path else "")
-        held = {**layer._parameters, **layer._buffers}
-        for name in [name for name, value in held.items() if value is not None]:
-            set_parameter(layer, name, read(prefix + name))
 
 
 def _collect(
