@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 import lorgnette
-from lorgnette.bundle import Bundle, list_files, open_bundle, write_manifest, writing
+from lorgnette.bundle import Bundle, final_path, list_files, open_bundle, write_manifest, writing
 from lorgnette.errors import CheckpointError, ConfigError
 from lorgnette.export.answers import OriginalAnswers, original_answers
 from lorgnette.export.check import (
@@ -47,7 +47,7 @@ from lorgnette.manifest import (
     requirements,
 )
 from lorgnette.quantize.calibrate import calibrate
-from lorgnette.quantize.plan import QuantPlan
+from lorgnette.quantize.plan import MIXED, QuantPlan
 from lorgnette.quantize.plan_file import check_rules, plan_for
 from lorgnette.quantize.residual import rotate_residual
 from lorgnette.quantize.samples import Sample, default_samples, read_samples, split_samples
@@ -114,6 +114,8 @@ def export(
         VerifyError: The bundle was made and does not agree, or breaks its plan's promise; nothing
             is left behind.
     """
+    if recipe.quant == MIXED and recipe.plan is None:
+        recipe = _with_found_plan(checkpoint_path, vision, out, recipe, pictures, replace, progress)
     progress("read checkpoint")
     plan, target = plan_for(recipe), find_target(recipe.target)
     sample_set = SampleSet.choose(plan, pictures)
@@ -153,6 +155,28 @@ def export(
             require_promise(summary, out)
             write_manifest(folder, msgspec.structs.replace(manifest, quality=summary))
     return open_bundle(out), ladder
+
+
+def _with_found_plan(
+    checkpoint_path: str | Path,
+    vision: str | Path | None,
+    out: str | Path,
+    recipe: Recipe,
+    pictures: Pictures,
+    replace: bool,
+    progress: Progress,
+) -> Recipe:
+    """The recipe with the rules that a search finds, on the samples that calibrate."""
+    from lorgnette.export.search import search_mixed
+
+    final = final_path(out, replace=replace)
+    progress("read checkpoint")
+    parts = read_parts(open_checkpoint(checkpoint_path, vision), recipe)
+    golden_prompt(parts, golden_picture())  # refuses a context that is too small
+    samples = read_samples(pictures.path or default_samples())
+    folder = next(path for path in final.parents if path.is_dir())
+    found = search_mixed(parts, find_target(recipe.target), samples, folder, progress)
+    return msgspec.structs.replace(recipe, quant=found.name, plan=found)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from lorgnette.export.reference import Reference
 from lorgnette.export.sensitivity import Loss, measure_units, quantize_candidates
 from lorgnette.export.units import Unit, find_units, plan_of
 from lorgnette.quantize.calibrate import calibrate
-from lorgnette.quantize.plan import QuantPlan
+from lorgnette.quantize.plan import MIXED_BITS, QuantPlan
 from lorgnette.quantize.plan_file import check_rules
 from lorgnette.quantize.plan_text import rule_text, to_toml
 from lorgnette.quantize.samples import Sample, split_samples
@@ -28,6 +28,8 @@ from lorgnette.quantize.store import QuantizedModel
 from lorgnette.recipe import PlanText
 from lorgnette.targets.target import Target
 
+COUNT = 12
+"""Questions to measure on, unless said otherwise."""
 ROUNDS = 4
 """Plans that are measured at most to keep a loss."""
 MARGIN = 0.9
@@ -344,6 +346,27 @@ class Search:
     def _bits(self, point: Point) -> float:
         pairs = list(zip(self.units, point.chosen, strict=True))
         return sum(u.code_bits(n) for u, n in pairs) / sum(u.weights for u in self.units)
+
+
+def search_mixed(
+    parts: Parts,
+    target: Target,
+    samples: Sequence[Sample],
+    folder: Path,
+    step: Callable[[str], None],
+) -> PlanText:
+    """The rules that the named plan `mixed` has for a checkpoint.
+
+    Args:
+        parts: The checkpoint.
+        target: What has to carry the plan.
+        samples: What is calibrated with and measured on.
+        folder: Takes temporary files.
+        step: Called at the start of each step with its name.
+    """
+    limit = Limit("bits", MIXED_BITS)
+    split = split_for_search("", samples, COUNT)
+    return Search(parts, target, split, folder, Progress(step)).run(limit, plan_name(limit)).plan
 
 
 def plan_name(limit: Limit) -> str:

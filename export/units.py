@@ -10,7 +10,7 @@ from lorgnette.errors import ConfigError
 from lorgnette.export.check import Parts
 from lorgnette.export.matrices import matrices_of
 from lorgnette.export.weights import WeightSource
-from lorgnette.quantize.plan import PLANS, QuantPlan, Rule, Scaling
+from lorgnette.quantize.plan import PLANS, QuantPlan, Rule
 from lorgnette.quantize.scheme import QuantScheme
 from lorgnette.targets.capabilities import Matrix
 from lorgnette.targets.target import Target
@@ -154,12 +154,12 @@ def _rules(name: str, matrices: Sequence[Matrix], target: Target) -> tuple[Rule,
     layers = all(_LAYER.match(matrix.name) for matrix in matrices)
     ladder = VISION if vision else DECODER if layers else ENDS
     # The table and the head, where they are one tensor, stay so by a method without data.
-    method: str = "gptq" if vision or layers else "mse"
-    scaling: Scaling = "smoothquant" if vision or layers else "none"
+    calibrated = vision or layers
     rules = []
     for rung in ladder:
         for scheme in rung:
-            rule = Rule("*", scheme, method, scaling)
+            method = "gptq" if calibrated and scheme.bits < 8 else "mse"
+            rule = Rule("*", scheme, method, "smoothquant" if calibrated else "none")
             if not target.check(matrices, QuantPlan("", "", (rule,))):
                 rules.append(rule)
                 break

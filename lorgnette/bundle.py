@@ -150,6 +150,24 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST).write_bytes(encode_manifest(manifest))
 
 
+def final_path(target: str | Path, *, replace: bool = False) -> Path:
+    """The absolute path of a bundle that is to be made.
+
+    Raises:
+        LorgnetteError: The name is wrong or taken.
+    """
+    final = Path(os.path.abspath(target))
+    if final.suffix != ".lorg":
+        raise LorgnetteError(
+            "a bundle's name must end in .lorg", got=final.name, wanted=f"{final.stem}.lorg"
+        )
+    if os.path.lexists(final) and not replace:
+        raise LorgnetteError("bundle exists already", where=final, hint="--force replaces it")
+    if os.path.lexists(final) and (final.is_symlink() or not (final / MANIFEST).is_file()):
+        raise LorgnetteError("what stands there is not a bundle", where=final)
+    return final
+
+
 @contextlib.contextmanager
 def writing(target: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder to write a bundle in, which takes its final name only if all went well.
@@ -163,15 +181,7 @@ def writing(target: str | Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         LorgnetteError: The name is wrong or taken, or the disk refuses.
     """
-    final = Path(os.path.abspath(target))
-    if final.suffix != ".lorg":
-        raise LorgnetteError(
-            "a bundle's name must end in .lorg", got=final.name, wanted=f"{final.stem}.lorg"
-        )
-    if os.path.lexists(final) and not replace:
-        raise LorgnetteError("bundle exists already", where=final, hint="--force replaces it")
-    if os.path.lexists(final) and (final.is_symlink() or not (final / MANIFEST).is_file()):
-        raise LorgnetteError("what stands there is not a bundle", where=final)
+    final = final_path(target, replace=replace)
     partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)

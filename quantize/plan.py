@@ -179,6 +179,12 @@ PLANS: dict[str, QuantPlan] = {
 }
 
 
+MIXED = "mixed"
+"""What asks for a plan that is found by measuring: its rules are a checkpoint's own."""
+MIXED_BITS = 3.5
+"""Bits of its codes on average over all matrices, scales not counted."""
+
+
 def find_plan(name: str) -> QuantPlan:
     """The plan of a name.
 
@@ -186,5 +192,6 @@ def find_plan(name: str) -> QuantPlan:
         ConfigError: There is none; lists the known ones.
     """
     if name not in PLANS:
-        raise ConfigError("unknown scheme", got=repr(name), wanted=f"one of {', '.join(PLANS)}")
+        known = ", ".join((*PLANS, MIXED))
+        raise ConfigError("unknown scheme", got=repr(name), wanted=f"one of {known}")
     return PLANS[name]

@@ -79,11 +79,11 @@ def _can_run(engine: str, min_version: str) -> dict[str, Any]:
 
 def list_schemes() -> list[dict[str, Any]]:
     """Every named plan and the targets that take it."""
-    from lorgnette.quantize.plan import PLANS
+    from lorgnette.quantize.plan import MIXED, MIXED_BITS, PLANS
     from lorgnette.targets import all_targets
 
     targets = all_targets().values()
-    return [
+    named = [
         {
             "name": plan.name,
             "summary": plan.summary,
@@ -92,6 +92,14 @@ def list_schemes() -> list[dict[str, Any]]:
         }
         for plan in PLANS.values()
     ]
+    found = {
+        "name": MIXED,
+        "summary": f"codes of {MIXED_BITS} bits on average, by rules that a search finds for each "
+        "checkpoint; takes minutes, or hours for large ones",
+        "rules": [],
+        "targets": [target.name for target in targets],
+    }
+    return [*named, found]
 
 
 def _row(entry: dict[str, Any]) -> tuple[str, ...]:
@@ -103,4 +111,4 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
         run = "runs here" if entry["can_run"] else entry["no_run_reason"]
         return entry["name"], entry["summary"], lower, run
     targets = f"targets: {', '.join(entry['targets'])}"
-    return entry["name"], targets, "; ".join(entry["rules"])
+    return entry["name"], targets, "; ".join(entry["rules"]) or entry["summary"]

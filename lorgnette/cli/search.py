@@ -32,7 +32,11 @@ PROGRESS_S = 0.2
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--vision", type=click.Path(path_type=Path), help="The vision tower, where apart.")
 @click.option("--target", default="onnx-cpu", show_default=True, help="What has to carry the plan.")
-@click.option("--max-bytes", type=click.IntRange(min=1), help="The most bytes of all weights.")
+@click.option(
+    "--max-bytes",
+    type=click.IntRange(min=1),
+    help="The most bytes of all weights, as predicted: gaps between them may differ by some kB.",
+)
 @click.option(
     "--max-loss",
     type=click.FloatRange(min=0, min_open=True),

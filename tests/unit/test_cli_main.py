@@ -15,7 +15,7 @@ from packaging.specifiers import SpecifierSet
 
 import lorgnette
 from lorgnette.cli import doctor
-from lorgnette.quantize.plan import PLANS
+from lorgnette.quantize.plan import MIXED, PLANS
 from tests.unit.cli_helpers import ROOT, call, document, start
 
 COMMANDS = ("export", "run", "evaluate", "verify", "inspect", "list", "doctor")
@@ -91,9 +91,9 @@ def test_a_target_whose_engine_is_missing_or_old_cannot_run(
 
 def test_the_list_of_schemes() -> None:
     told = document("list", "schemes")["schemes"]
-    assert [scheme["name"] for scheme in told] == list(PLANS)
+    assert [scheme["name"] for scheme in told] == [*PLANS, MIXED]
     assert all("onnx-cpu" in scheme["targets"] for scheme in told)
-    assert call("list", "schemes").stdout.count("\n") == len(PLANS)
+    assert call("list", "schemes").stdout.count("\n") == len(PLANS) + 1
 
 
 def test_doctor_finds_this_environment_sound() -> None:
