@@ -47,7 +47,7 @@ Row = dict[str, float]
 INT4 = QuantScheme(bits=4, group_size=32, scale_bits=16)
 PLAIN = QuantPlan("rtn", "", (Rule("decoder/layers.*", INT4), Rule("*", FLOAT32)))
 CALIBRATED = QuantPlan(
-    "int4", "", (Rule("decoder/layers.*", INT4, "gptq", "smoothquant"), Rule("*", FLOAT32))
+    "int4", "", (Rule("decoder/layers.*", INT4, "gptq", "outliers"), Rule("*", FLOAT32))
 )
 LAYER = re.compile(r"layers\.(\d+)\..*_proj\.weight")
 

@@ -159,7 +159,7 @@ def _rules(name: str, matrices: Sequence[Matrix], target: Target) -> tuple[Rule,
     for rung in ladder:
         for scheme in rung:
             method = "gptq" if calibrated and scheme.bits < 8 else "mse"
-            rule = Rule("*", scheme, method, "smoothquant" if calibrated else "none")
+            rule = Rule("*", scheme, method, "outliers" if calibrated else "none")
             if not target.check(matrices, QuantPlan("", "", (rule,))):
                 rules.append(rule)
                 break
