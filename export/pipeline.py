@@ -46,7 +46,7 @@ from lorgnette.manifest import (
     TensorEntry,
     requirements,
 )
-from lorgnette.quantize.calibrate import calibrate
+from lorgnette.quantize.calibrate import calibrate, check_methods
 from lorgnette.quantize.plan import QuantPlan
 from lorgnette.quantize.plan_file import check_rules, plan_for
 from lorgnette.quantize.residual import rotate_residual
@@ -121,6 +121,7 @@ def export(
     golden_prompt(parts, golden_picture())  # refuses a context that is too small
     matrices = matrices_of(parts.components)
     check_rules(plan, matrices)
+    check_methods(plan, matrices)
     problems = target.check(matrices, plan)
     if problems:
         raise ConfigError(f"cannot lower to {target.name}", got="; ".join(problems))
@@ -134,8 +135,9 @@ def export(
         answers = sample_set.answers(parts, progress)
         progress("write manifest")
         manifest = _write(folder, parts, recipe, target, lowered, golden)
-        # The checkpoint is mapped into memory: it goes before the engine's copy of it comes.
-        del parts
+        # The checkpoint is mapped into memory, and so are the codes, whose files are gone: both go
+        # before the engine's copy of them comes.
+        del parts, quantized
         progress("verify")
         if rounds_activations(plan):
             _verify_exact(folder, manifest, target).require(out)
