@@ -173,12 +173,16 @@ class SampleSet:
 
     @staticmethod
     def choose(plan: QuantPlan, pictures: Pictures) -> SampleSet:
-        """Reads what a plan needs; floats are not measured, since their parity is exact.
+        """Reads what a plan needs.
+
+        Floats are not measured, since the ladder holds them to more than that, unless the plan
+        promises something.
 
         Raises:
             DatasetError: The set cannot be read.
         """
-        measures = pictures.measure > 0 and any(rule.scheme.is_integer for rule in plan.rules)
+        rounds = plan.cache_bits == 8 or any(rule.scheme.is_integer for rule in plan.rules)
+        measures = pictures.measure > 0 and (rounds or plan.promise is not None)
         if pictures.path is None and not (plan.needs_samples or measures):
             return SampleSet()
         name = DEFAULT_SET if pictures.path is None else pictures.path.resolve().name
