@@ -65,7 +65,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def strictly(folder: Path, out: Path, *options: object) -> Result:
     """Exports by the strict plan, calibrated with the one sample."""
     plan, one = folder / "strict.toml", folder / "one"
-    return call("export", ZOO, "--plan", plan, "--calibrate", one, "--out", out, *options)
+    return call(
+        *("export", ZOO, "--plan", plan, "--calibrate", one, "--no-split", "--out", out), *options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,8 @@ def kept(folder: Path) -> Path:
     """A bundle that keeps it, calibrated with the set that comes with the package."""
     path = folder / "kept.lorg"
     told = document(
-        *("export", ZOO, "--plan", folder / "plain.toml", "--measure", 6, "--out", path)
+        *("export", ZOO, "--plan", folder / "plain.toml", "--no-split", "--measure", 6),
+        *("--out", path),
     )
     assert told["quality"]["samples"] == 6
     return path
