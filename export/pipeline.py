@@ -46,7 +46,7 @@ from lorgnette.manifest import (
     TensorEntry,
     requirements,
 )
-from lorgnette.quantize.calibrate import calibrate
+from lorgnette.quantize.calibrate import calibrate, check_methods
 from lorgnette.quantize.plan import MIXED, QuantPlan
 from lorgnette.quantize.plan_file import check_rules, plan_for
 from lorgnette.quantize.residual import rotate_residual
@@ -123,6 +123,7 @@ def export(
     golden_prompt(parts, golden_picture())  # refuses a context that is too small
     matrices = matrices_of(parts.components)
     check_rules(plan, matrices)
+    check_methods(plan, matrices)
     problems = target.check(matrices, plan)
     if problems:
         raise ConfigError(f"cannot lower to {target.name}", got="; ".join(problems))
@@ -136,8 +137,9 @@ def export(
         answers = sample_set.answers(parts, progress)
         progress("write manifest")
         manifest = _write(folder, parts, recipe, target, lowered, golden)
-        # The checkpoint is mapped into memory: it goes before the engine's copy of it comes.
-        del parts
+        # The checkpoint is mapped into memory, and so are the codes, whose files are gone: both go
+        # before the engine's copy of them comes.
+        del parts, quantized
         progress("verify")
         if rounds_activations(plan):
             _verify_exact(folder, manifest, target).require(out)
@@ -195,12 +197,16 @@ class SampleSet:
 
     @staticmethod
     def choose(plan: QuantPlan, pictures: Pictures) -> SampleSet:
-        """Reads what a plan needs; floats are not measured, since their parity is exact.
+        """Reads what a plan needs.
+
+        Floats are not measured, since the ladder holds them to more than that, unless the plan
+        promises something.
 
         Raises:
             DatasetError: The set cannot be read.
         """
-        measures = pictures.measure > 0 and any(rule.scheme.is_integer for rule in plan.rules)
+        rounds = plan.cache_bits == 8 or any(rule.scheme.is_integer for rule in plan.rules)
+        measures = pictures.measure > 0 and (rounds or plan.promise is not None)
         if pictures.path is None and not (plan.needs_samples or measures):
             return SampleSet()
         name = DEFAULT_SET if pictures.path is None else pictures.path.resolve().name

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lorgnette.export.answers import sample_prompt
 from lorgnette.export.check import Parts
 from lorgnette.quantize.samples import Sample
 from lorgnette.runtime.image import load_image
-from lorgnette.runtime.preprocess import grid_for, prepare
-from lorgnette.runtime.prompt import ImagePart, Message, encode_prompt, image_slots
+from lorgnette.runtime.preprocess import prepare
+from lorgnette.runtime.prompt import image_slots
 
 POSITIONS = 6144
 """Positions of the decoder that are calibrated with, about."""
@@ -60,9 +61,7 @@ def prepare_samples(
 
 def _prepare(parts: Parts, sample: Sample) -> PreparedSample | None:
     picture = load_image(sample.image)
-    height, width = picture.shape[:2]
-    part = ImagePart(*grid_for(height, width, parts.preprocess))
-    ids = encode_prompt(parts.prompt, parts.tokenizer, [Message("user", (part, sample.question))])
+    ids = sample_prompt(parts, sample, *picture.shape[:2])
     answer: tuple[int, ...] = ()
     if sample.answer:
         header = parts.prompt.answer_header or ""

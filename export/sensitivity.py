@@ -97,9 +97,8 @@ def _collect(
     ]
     if not names:
         return walk.run(at, passages, states), {}
-    positions = sum(x.shape[0] * x.shape[1] for state in states for x in state if x.ndim == 3)
     after: list[State] = []
-    with Collector(step.stage.module, names, moments=True, positions=positions) as collector:
+    with Collector(step.stage.module, names, moments=True) as collector:
         for each in zip(passages, states, strict=True):
             after += walk.run(at, each[:1], each[1:])
             collector.end_of_sample()

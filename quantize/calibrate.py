@@ -6,7 +6,7 @@ layer's weights are in memory at a time, and the hidden states of all samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -25,7 +25,7 @@ from lorgnette.quantize.cache import CacheRanges
 from lorgnette.quantize.collect import Collector, rescaled
 from lorgnette.quantize.inputs import LayerInputs
 from lorgnette.quantize.methods import load_method
-from lorgnette.quantize.plan import Rule
+from lorgnette.quantize.plan import QuantPlan, Rule
 from lorgnette.quantize.scaling import load_scaling
 from lorgnette.quantize.scaling.site import SiteWeights
 from lorgnette.quantize.store import QuantizedModel, QuantizedSource
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lorgnette.export.component import Component, VisionEncoder
     from lorgnette.export.layers.decoder import LlamaDecoder
     from lorgnette.export.prepared import PreparedSample
+    from lorgnette.targets.capabilities import Matrix
 
 Array = NDArray[np.float32]
 TOGETHER = 1 << 20
@@ -66,6 +67,23 @@ def calibrate(
     image_tokens = _walk_vision(by_name["vision_encoder"], model, samples)
     progress("calibrate decoder")
     _walk_decoder(by_name["decoder"], model, samples, image_tokens)
+
+
+def check_methods(plan: QuantPlan, matrices: Iterable[Matrix]) -> None:
+    """Refuses methods that need the inputs of a matrix which is not multiplied with any.
+
+    Raises:
+        ConfigError: Naming the matrix.
+    """
+    for matrix in matrices:
+        rule = plan.rule_for(matrix.component, matrix.name)
+        if matrix.gathered and rule.scheme.is_integer and load_method(rule.method).NEEDS_INPUTS:
+            raise ConfigError(
+                f"the method '{rule.method}' looks at what a matrix is multiplied with",
+                where=f"plan '{plan.name}'",
+                got=f"'{matrix}', whose rows are looked up",
+                hint=f"put a rule with another method, such as 'mse', before {rule.select!r}",
+            )
 
 
 def _walk_vision(
@@ -159,10 +177,10 @@ def _collect(
     source: QuantizedSource,
 ) -> dict[str, LayerInputs]:
     """Runs the stage as it was published and takes down what its matrices are multiplied with."""
-    methods = {source.rule(stage.prefix + name).method for name in names}
-    moments = any(load_method(method).NEEDS_INPUTS for method in methods)
-    positions = sum(x.shape[0] * x.shape[1] for x in states if x.ndim == 3)
-    with Collector(stage.module, names, moments=moments, positions=positions) as collector:
+    rules = [source.rule(stage.prefix + name) for name in names]
+    # Palettes weigh columns by their mean squares.
+    moments = any(load_method(r.method).NEEDS_INPUTS or r.scheme.palette for r in rules)
+    with Collector(stage.module, names, moments=moments) as collector:
         for x in states:
             run(stage.module, x)
             collector.end_of_sample()
@@ -174,7 +192,7 @@ def rescale_stage(stage: Stage, source: QuantizedSource, inputs: dict[str, Layer
     for site in stage.sites:
         rules = [source.rule(stage.prefix + name) for name in site.consumers]
         scalings = {rule.scaling for rule in rules}
-        if len(scalings) != 1 or scalings == {"none"}:
+        if len(scalings) != 1 or scalings == {"none"} or not inputs.keys() >= set(site.consumers):
             continue
         seen = inputs[site.consumers[0]]
         weights = tuple(source.unrounded(stage.prefix + name) for name in site.consumers)

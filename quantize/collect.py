@@ -14,20 +14,23 @@ from lorgnette.quantize.inputs import LayerInputs
 
 Array = NDArray[np.float32]
 ROWS = 512
-"""Positions kept as they are."""
+"""The most positions that are kept as they are."""
+TURN, FULL = 2654435769, 1 << 32
+"""The golden section of a whole turn: so far does each position lie from the one before."""
 
 
 class _Seen:
     """Running statistics of one input."""
 
-    def __init__(self, channels: int, moment: bool, step: int) -> None:
+    def __init__(self, channels: int, moment: bool) -> None:
         self.count = 0
-        self.step = step
+        self.below = FULL
         self.moment = torch.zeros(channels, channels) if moment else None
         self.size = torch.zeros(channels, dtype=torch.float64)
         self.lowest = torch.full((channels,), torch.inf)
         self.highest = torch.full((channels,), -torch.inf)
-        self.rows: list[Tensor] = []
+        self.rows: list[Tensor] = [torch.empty(0, channels)]
+        self.turns: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
 
     def add(self, x: Tensor) -> None:
         """Shapes: `[T, C]`."""
@@ -36,8 +39,24 @@ class _Seen:
         self.highest = torch.maximum(self.highest, x.amax(0))
         if self.moment is not None:
             self.moment.addmm_(x.T, x)
-        self.rows.append(x[-self.count % self.step :: self.step].clone())
+        self._keep_some(x)
         self.count += len(x)
+
+    def _keep_some(self, x: Tensor) -> None:
+        """Keeps the positions that fall into the first part of a turn, halved until few do.
+
+        Such positions lie evenly, and, unlike every so-manieth, not all in one column of patches.
+        Which they are depends on how many there have been, not on how they came.
+        """
+        turns = torch.arange(self.count, self.count + len(x)) * TURN % FULL
+        chosen = turns < self.below
+        self.rows.append(x[chosen])
+        self.turns.append(turns[chosen])
+        while sum(map(len, self.rows)) > ROWS:
+            self.below //= 2
+            turns = torch.cat(self.turns)
+            self.rows = [torch.cat(self.rows)[turns < self.below]]
+            self.turns = [turns[turns < self.below]]
 
     def inputs(self) -> LayerInputs:
         channels = len(self.size)
@@ -50,28 +69,24 @@ class _Seen:
             largest=largest.numpy(),
             lowest=float(self.lowest.min()),
             highest=float(self.highest.max()),
-            rows=torch.cat(self.rows)[:ROWS].numpy(),
+            rows=torch.cat(self.rows).numpy(),
         )
 
 
 class Collector:
     """Hooks on linear layers; matrices that are given the same tensor share what is taken down."""
 
-    def __init__(
-        self, module: nn.Module, names: Sequence[str], *, moments: bool, positions: int
-    ) -> None:
+    def __init__(self, module: nn.Module, names: Sequence[str], *, moments: bool) -> None:
         """Prepares hooks.
 
         Args:
             module: What will run.
             names: Its matrices to watch, `*.weight`.
             moments: Whether second moments are wanted, which take most of the time.
-            positions: About how many positions there will be.
         """
         self._module = module
         self._names = names
         self._moments = moments
-        self._step = max(1, -(-positions // ROWS))
         self._seen: dict[str, _Seen] = {}
         self._owner: dict[str, str] = {}
         self._now: dict[int, str] = {}
@@ -105,7 +120,7 @@ class Collector:
         self._now[id(x)] = name
         self._held.append(x)  # so that no other tensor takes its id during this run
         if name not in self._seen:
-            self._seen[name] = _Seen(x.shape[-1], self._moments, self._step)
+            self._seen[name] = _Seen(x.shape[-1], self._moments)
         self._seen[name].add(x.reshape(-1, x.shape[-1]))
 
     def end_of_sample(self) -> None:

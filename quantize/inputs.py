@@ -16,7 +16,7 @@ class LayerInputs:
 
     Attributes:
         count: Positions seen.
-        second_moment: float32 `[C, C]`, the mean of `x xT`.
+        second_moment: float32 `[C, C]`, the mean of `x xT`; `[0, C]` where nobody asked for it.
         mean_size: float32 `[C]`, the mean of `|x|`.
         largest: float32 `[C]`, the most of `|x|`.
         lowest: The least element of any channel.

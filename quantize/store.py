@@ -87,7 +87,7 @@ class QuantizedSource:
 
     def storage_key(self, name: str) -> str:
         """Equal keys mean equal numbers, so that a target stores tied parameters once."""
-        if name in self._tied:
+        if self.is_tied(name):
             source, first = self._tied[name]
             return source.storage_key(first)
         origin = self._source.origin(name)
@@ -111,7 +111,7 @@ class QuantizedSource:
 
     def codes(self, name: str) -> QuantTensor:
         """Codes and scales of a matrix whose scheme is of integers."""
-        if name in self._tied:
+        if self.is_tied(name):
             source, first = self._tied[name]
             return source.codes(first)
         if name not in self._codes:
@@ -121,7 +121,10 @@ class QuantizedSource:
 
     def is_tied(self, name: str) -> bool:
         """Whether a matrix is another's, whose rule and codes are its own."""
-        return name in self._tied
+        if name not in self._tied:
+            return False
+        source, first = self._tied[name]
+        return first not in source._changed  # else it is another's no more
 
     def tie(self, name: str, source: QuantizedSource, first: str) -> None:
         """Makes a matrix follow another that was published as the same tensor."""
@@ -136,6 +139,7 @@ class QuantizedSource:
         """Puts other float32 numbers in the place of a parameter, as a rescale does."""
         self._changed[name] = self._mapped(f"{name}.changed", value)
         self._codes.pop(name, None)
+        self._placed.discard(name)
         self._tied.pop(name, None)
 
     def _keep(self, name: str, made: QuantTensor) -> QuantTensor:
@@ -187,7 +191,8 @@ class QuantizedModel:
         for source in self.sources.values():
             for name in sorted(source.matrices):
                 origin, rule = sources[source.component].origin(name), source.rule(name)
-                if origin is None:
+                # The range of static activations belongs to one matrix, and lies with its codes.
+                if origin is None or rule.scheme.activations == "int8_static":
                     continue
                 kind = (origin, rule.scheme.form, rule.method, rule.scaling)
                 held = first.setdefault(kind, (source, name))
