@@ -29,6 +29,8 @@ from tests.quantized import quantized_source
 Array = NDArray[Any]
 Function = Callable[[Tensor], Tensor]
 Session = onnxruntime.InferenceSession
+WITHOUT_PICTURES = ("fp32", "fp16", "int8", "int4-fast")
+"""Named plans whose codes need no calibration; they leave out what it would add."""
 WIDTH = 64
 """Channels of modules made by `of_width`, if nothing else is said."""
 

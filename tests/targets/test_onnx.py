@@ -20,7 +20,7 @@ from tests.eager import Eager, prompt_ids, random_tiles
 from tests.helpers import Config, make_checkpoint, tiny_config
 from tests.quantized import quantized_model
 from tests.rounding import round_inputs
-from tests.small import Array, session
+from tests.small import WITHOUT_PICTURES, Array, session
 
 Float = NDArray[np.float32]
 
@@ -113,7 +113,7 @@ def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Eager(make_checkpoint(tmp_path_factory.mktemp("checkpoint"), MODELS[request.param]))
 
 
-@pytest.fixture(scope="module", params=list(PLANS))
+@pytest.fixture(scope="module", params=WITHOUT_PICTURES)
 def graphs(
     request: pytest.FixtureRequest, plain: Eager, tmp_path_factory: pytest.TempPathFactory
 ) -> Graphs:
@@ -211,7 +211,7 @@ def test_in_place_leaves_nothing_of_an_earlier_prompt(graphs: Graphs) -> None:
     assert np.array_equal(graphs.sessions["decoder"].run(None, feeds)[0], fresh)
 
 
-@pytest.mark.parametrize("plan", ["int8", "int4"])
+@pytest.mark.parametrize("plan", ["int8", "int4-fast"])
 def test_rounded_activations(plain: Eager, tmp_path: Path, plan: str) -> None:
     """The plans as they are used: what is lost is the rounding of activations and no more."""
     graphs = lower_all(tmp_path / "out", plain, PLANS[plan])

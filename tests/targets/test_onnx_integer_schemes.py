@@ -109,7 +109,7 @@ def twin(lowered: Lowered) -> Lowered:
     return Lowered(lowered.folder, lowered.report, session(graph.with_name("exact.onnx")))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=24, deadline=None)
 @given(
     st.integers(1, 150),
     st.integers(1, 20),

@@ -32,6 +32,7 @@ from tests.quantized import quantized_source
 from tests.rounding import round_inputs
 from tests.small import (
     WIDTH,
+    WITHOUT_PICTURES,
     Array,
     Call,
     Function,
@@ -119,7 +120,7 @@ def test_convolutions(
         assert lowered.run(draw(2, 8, 24, 24))[0].shape == (2, 8, 12, 12)
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", WITHOUT_PICTURES)
 def test_kernels_stay_float_and_are_named(tmp_path: Path, plan: str) -> None:
     component = of_pictures(lambda: nn.Conv2d(8, 8, 3, groups=8))
     shapes = module_shapes(build_module(component))
@@ -223,7 +224,7 @@ def encoder_weights(component: Component) -> dict[str, Tensor]:
     return weights
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", WITHOUT_PICTURES)
 def test_encoders(
     traced: tuple[str, Component, ExportedProgram], plan: str, tmp_path: Path
 ) -> None:
@@ -232,7 +233,7 @@ def test_encoders(
     shipped, module = lower_encoder(tmp_path, component, program, plan)
     emulated = copy.deepcopy(module)
     round_inputs(emulated, PLANS[plan], component.name)
-    rounds = plan in {"int8", "int4"}
+    rounds = plan in {"int8", "int4-fast"}
     for count in (1, 3):
         tiles = random_tiles(count, spec.image_size)
         with torch.no_grad():

@@ -22,7 +22,7 @@ from lorgnette.targets.target import LoweredComponent
 from tests.eager import Eager
 from tests.helpers import make_checkpoint, tiny_config
 from tests.quantized import quantized_model
-from tests.small import lower, single, weights_of
+from tests.small import WITHOUT_PICTURES, lower, single, weights_of
 
 Place = tuple[int, int]
 
@@ -66,7 +66,7 @@ def places(folder: Path) -> dict[str, Place]:
 
 
 @pytest.mark.parametrize("model", ["tied", "untied"])
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", WITHOUT_PICTURES)
 def test_every_tensor_is_stored_once(
     tmp_path: Path, plan: str, model: str, request: pytest.FixtureRequest
 ) -> None:
@@ -106,7 +106,7 @@ def test_bytes_by_plan(tmp_path: Path, untied: Eager) -> None:
     """Matrices shrink as the scheme says; norms, biases, positions and tables do not."""
     totals = {
         plan: lowered(tmp_path / plan, untied, PLANS[plan])["decoder"].weight_bytes
-        for plan in PLANS
+        for plan in WITHOUT_PICTURES
     }
     matrices = 4 * sum(
         int(np.prod(shape))
@@ -115,14 +115,14 @@ def test_bytes_by_plan(tmp_path: Path, untied: Eager) -> None:
     )
     small = totals["fp32"]["float32"] - matrices
     assert totals["fp16"] == {"float16": matrices // 2, "float32": small}
-    assert totals["int8"] == {"int8g32": matrices // 4 + matrices // 32, "float32": small}
-    assert totals["int4"] == {"int4g32": matrices // 8 + matrices // 32, "float32": small}
+    assert totals["int8"] == {"int8g32h": matrices // 4 + matrices // 64, "float32": small}
+    assert totals["int4-fast"] == {"int4g32h": matrices // 8 + matrices // 64, "float32": small}
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint", tiny_config())
     for name in ("one", "two"):
-        lowered(tmp_path / name, Eager(checkpoint), PLANS["int4"])
+        lowered(tmp_path / name, Eager(checkpoint), PLANS["int4-fast"])
     files = sorted(p.name for p in (tmp_path / "one" / "graphs").iterdir())
     assert files == ["decoder.onnx", "token_embedding.onnx", "vision_encoder.onnx", "weights.bin"]
     for file in files:
