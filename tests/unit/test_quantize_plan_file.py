@@ -95,7 +95,7 @@ HEAD = 'name = "mine"\n'
         ),
         (HEAD + RULE + "symmetric = 1", ["rule 1", "symmetric"]),
         (HEAD + RULE + 'activations = "int4"', ["'activations'", "float, int8_group, int8_token"]),
-        (HEAD + RULE + 'method = "gptq"', ["'method'", "'gptq'", "hqq, mse, rtn"]),
+        (HEAD + RULE + 'method = "gptr"', ["'method'", "'gptr'", "gptq, hqq, kmeans, mse, rtn"]),
         (
             HEAD + RULE.replace("4", "16") + "group = 32",
             ["'group' does not go with bits = 16", "bits = 16"],
