@@ -81,6 +81,8 @@ def main() -> None:
     )
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--quant", default="int4")
+    parser.add_argument("--plan", type=Path, help="a plan file, in place of --quant")
+    parser.add_argument("--tiles", type=int, nargs="+", help="only these of --max-tiles")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--keep", type=Path, help="folder to leave checkpoint and bundles in")
@@ -96,10 +98,16 @@ def main() -> None:
         Image.fromarray(generator.integers(0, 256, (480, 640, 3), dtype=np.uint8)).save(picture)
         print(f"{arguments.config.stem}, {arguments.quant}, {arguments.threads} threads")
         tiled = "scale_factor" in json.loads(arguments.config.read_text())
-        for tiles in (17, 1) if tiled else (1,):
+        for tiles in arguments.tiles or ((17, 1) if tiled else (1,)):
             bundle = folder / f"{arguments.config.stem}-{arguments.quant}-{tiles}.lorg"
-            options = ("--quant", arguments.quant, "--max-tiles", tiles, "--out", bundle, "--force")
-            made = lorgnette("export", checkpoint, *options)
+            options = ("--max-tiles", tiles, "--out", bundle, "--force")
+            # Random weights have no answers that could be kept.
+            how = (
+                ("--quant", arguments.quant)
+                if arguments.plan is None
+                else ("--plan", arguments.plan)
+            )
+            made = lorgnette("export", checkpoint, *how, *options, "--measure", 0)
             print(f"\n--max-tiles {tiles} (load average {os.getloadavg()[0]:.1f})")
             print(f"  {'export s':18}{made['seconds']:10.1f}")
             print(f"  {'export RSS MB':18}{made['peak_rss_bytes'] / 1e6:10.0f}")

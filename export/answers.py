@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +22,9 @@ from lorgnette.spec import Preprocess, PromptSpec
 
 MAX_NEW_TOKENS = 24
 """Tokens of an answer that are compared; of each, a row of logits is held in memory."""
+
+CACHE_BYTES = 2 * 2**30
+"""What the KV caches of answers that are made together may take."""
 
 Float = NDArray[np.float32]
 Tell = Callable[[int, int], None]
@@ -120,27 +123,33 @@ def original_answers(
     reference = reference or Reference(components, parts.sources)
     encoder = PromptEncoder(reference.encode, reference.embed)
     stop_ids = parts.prompt.stop_token_ids
-    answers: list[OriginalAnswer] = []
+    asked: list[tuple[Sample, list[int], Float]] = []
+    embedded: list[Float] = []
     for done, sample in enumerate(samples, start=1):
         picture = load_image(sample.image)
         tiles = partial(prepare, picture, parts.preprocess)
         ids = sample_prompt(parts, sample, *picture.shape[:2])
         if len(ids) + max_new_tokens <= parts.context_length:
             image_tokens = encoder.encode(sample, tiles)
-            embeddings = encoder.splice(ids, parts.spec.image_token_id, image_tokens)
-            logits, greedy = reference.generate(embeddings, max_new_tokens, stop_ids)
-            answer = OriginalAnswer(
-                sample, tuple(ids), image_tokens, tuple(greedy), logits, parts.preprocess
-            )
-            answers.append(answer)
+            asked.append((sample, ids, image_tokens))
+            embedded.append(encoder.splice(ids, parts.spec.image_token_id, image_tokens))
         tell(done, len(samples))
-    if not answers:
+    if not asked:
         raise DatasetError(
             "no sample fits the context length",
             where=sample_set,
             got=f"{parts.context_length} tokens for {len(samples)} samples",
             hint="give a larger --context, or shorter questions",
         )
+    said = [
+        answer
+        for prompts in _together(embedded, parts, max_new_tokens)
+        for answer in reference.generate_all(prompts, max_new_tokens, stop_ids)
+    ]
+    answers = [
+        OriginalAnswer(sample, tuple(ids), image_tokens, tuple(greedy), logits, parts.preprocess)
+        for (sample, ids, image_tokens), (logits, greedy) in zip(asked, said, strict=True)
+    ]
     return OriginalAnswers(
         answers=tuple(answers),
         skipped=len(samples) - len(answers),
@@ -152,6 +161,23 @@ def original_answers(
         image_token_id=parts.spec.image_token_id,
         context_length=parts.context_length,
     )
+
+
+def _together(prompts: Sequence[Float], parts: Parts, max_new_tokens: int) -> Iterator[list[Float]]:
+    """Prompts in lots whose KV caches fit `CACHE_BYTES`; a lot is one prompt at least."""
+    text = parts.spec.text
+    per_position = 2 * text.layers * text.kv_heads * text.head_size * 4
+    lot: list[Float] = []
+    held = 0
+    for prompt in prompts:
+        needed = (len(prompt) + max_new_tokens) * per_position
+        if lot and held + needed > CACHE_BYTES:
+            yield lot
+            lot, held = [], 0
+        lot.append(prompt)
+        held += needed
+    if lot:
+        yield lot
 
 
 def sample_prompt(parts: Parts, sample: Sample, height: int, width: int) -> list[int]:

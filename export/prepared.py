@@ -14,7 +14,7 @@ from lorgnette.runtime.image import load_image
 from lorgnette.runtime.preprocess import grid_for, prepare
 from lorgnette.runtime.prompt import ImagePart, Message, encode_prompt, image_slots
 
-POSITIONS = 16_384
+POSITIONS = 6144
 """Positions of the decoder that are calibrated with, about."""
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
@@ -16,6 +18,7 @@ from lorgnette.errors import ConfigError
 from lorgnette.export.cache_rounding import round_cache
 from lorgnette.export.component import Component
 from lorgnette.export.layers.decoder import DecoderLayer, LlamaDecoder
+from lorgnette.export.layers.stages import Stage
 from lorgnette.export.trace import build_module
 from lorgnette.export.weights import ParameterSource, load_module
 from lorgnette.quantize.scheme import InputRange
@@ -27,6 +30,17 @@ RESIDENT_BYTES = 3 * 2**30
 Float = NDArray[np.float32]
 CACHED = ("key", "value")
 Hook = Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]
+
+
+@dataclass
+class _Answer:
+    """An answer that is being given: what goes in next, and what came out so far."""
+
+    fed: Tensor
+    caches: list[Tensor]
+    past: int = 0
+    rows: list[Float] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
 
 
 class Reference:
@@ -71,19 +85,61 @@ class Reference:
         Returns:
             Logits `[K, V]` and the K token ids.
         """
-        caches = self._empty_caches(len(embeddings) + count)
-        decoder = self._module("decoder")
-        fed, past = torch.from_numpy(embeddings[None]), 0
-        rows: list[Float] = []
-        ids: list[int] = []
-        while True:
-            logits, caches = decoder(fed, torch.tensor([past], dtype=torch.int32), caches)
-            past += fed.shape[1]
-            ids.append(int(logits[0].argmax()))
-            rows.append(logits[0].numpy())
-            if len(ids) == count or ids[-1] in stop_ids:
-                return np.stack(rows), ids
-            fed = torch.from_numpy(self.embed(ids[-1:])[None])
+        return self.generate_all([embeddings], count, stop_ids)[0]
+
+    @torch.no_grad()
+    def generate_all(
+        self, prompts: Sequence[Float], count: int, stop_ids: Sequence[int]
+    ) -> list[tuple[Float, list[int]]]:
+        """The same for several prompts, token by token together.
+
+        Where weights are read as they are needed, they are read once a token, not once a token and
+        prompt.
+
+        Args:
+            prompts: Each `[T, D]`, image tokens spliced in.
+            count: How many tokens at most, each.
+            stop_ids: Tokens that end an answer.
+
+        Returns:
+            Logits `[K, V]` and the K token ids of each.
+        """
+        answers: list[_Answer] = []
+        decoder = cast("LlamaDecoder", self._module("decoder"))
+        for embeddings in prompts:
+            caches = self._empty_caches(len(embeddings) + count)
+            answers.append(_Answer(torch.from_numpy(embeddings[None]), caches))
+        going = answers
+        while going:
+            self._step(decoder, going)
+            for answer in going:
+                answer.fed = torch.from_numpy(self.embed(answer.ids[-1:])[None])
+            going = [a for a in going if len(a.ids) < count and a.ids[-1] not in stop_ids]
+        return [(np.stack(answer.rows), answer.ids) for answer in answers]
+
+    def _step(self, decoder: LlamaDecoder, answers: Sequence[_Answer]) -> None:
+        """Takes what each answer is fed through the decoder, a layer of all answers at a time."""
+        source = self._sources["decoder"]
+        cos, sin = source.tensor("cos"), source.tensor("sin")
+        *layers, norm, head = decoder.stages()
+        hidden = [answer.fed for answer in answers]
+        for index, stage in enumerate(layers):
+            keys, values = 2 * index, 2 * index + 1
+            with _held(stage, source):
+                for at, answer in enumerate(answers):
+                    hidden[at], *answer.caches[keys : values + 1] = stage.module(
+                        hidden[at],
+                        *answer.caches[keys : values + 1],
+                        cos,
+                        sin,
+                        torch.tensor([answer.past], dtype=torch.int32),
+                    )
+        with _held(norm, source), _held(head, source):
+            for x, answer in zip(hidden, answers, strict=True):
+                logits: Tensor = head.module(norm.module(x[:, -1]))
+                answer.past += x.shape[1]
+                answer.rows.append(logits[0].numpy())
+                answer.ids.append(int(logits[0].argmax()))
 
     @torch.no_grad()
     def follow(self, embeddings: Float, token_ids: Sequence[int]) -> Float:
@@ -211,12 +267,16 @@ def stream_module(module: nn.Module, source: ParameterSource) -> None:
         held = {**layer._parameters, **layer._buffers}
         names = [name for name, value in held.items() if value is not None]
 
+        read_here = False
+
         def load(target: nn.Module, _: object) -> None:
-            for name in names:
+            nonlocal read_here
+            read_here = any(value.is_meta for value in target.state_dict(keep_vars=True).values())
+            for name in names if read_here else ():
                 set_parameter(target, name, source.tensor(prefix + name))
 
         def drop(target: nn.Module, _: object, __: object) -> None:
-            for name in names:
+            for name in names if read_here else ():
                 set_parameter(
                     target, name, torch.empty(source.shapes[prefix + name], device="meta")
                 )
@@ -227,6 +287,26 @@ def stream_module(module: nn.Module, source: ParameterSource) -> None:
     for path, layer in module.named_modules():
         if layer._parameters or layer._buffers:
             attach(layer, f"{path}." if path else "")
+
+
+def load_stage(stage: Stage, read: Callable[[str], Tensor]) -> None:
+    """Puts what `read` gives for each name in the place of a stage's parameters."""
+    for path, layer in stage.module.named_modules():
+        prefix = stage.prefix + (f"{path}." if path else "")
+        held = {**layer._parameters, **layer._buffers}
+        for name in [name for name, value in held.items() if value is not None]:
+            set_parameter(layer, name, read(prefix + name))
+
+
+@contextmanager
+def _held(stage: Stage, source: ParameterSource) -> Iterator[None]:
+    """Holds the weights of a stage that is read as it runs; others are held anyway."""
+    if not any(value.is_meta for value in stage.module.state_dict().values()):
+        yield
+        return
+    load_stage(stage, source.tensor)
+    yield
+    load_stage(stage, lambda name: torch.empty(source.shapes[name], device="meta"))
 
 
 def set_parameter(layer: nn.Module, name: str, value: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorgnette.errors import ConfigError
 from lorgnette.export.layers.stages import Site, Stage
-from lorgnette.export.reference import set_parameter
+from lorgnette.export.reference import load_stage
 from lorgnette.export.trace import build_module
 from lorgnette.quantize.activations import input_range, round_inputs
 from lorgnette.quantize.cache import CacheRanges
@@ -124,20 +124,20 @@ def _walk_stage(
     stage: Stage, source: QuantizedSource, states: Sequence[Tensor], run: Run
 ) -> list[Tensor]:
     """Rounds a stage by what it sees, and gives what it makes of that then."""
-    looked_at = [name for name in _linears(stage) if _looks_at(source, stage.prefix + name)]
+    looked_at = [name for name in linears(stage) if looks_at(source, stage.prefix + name)]
     if looked_at:
-        _load(stage, lambda name: torch.from_numpy(source.unrounded(name)))
+        load_stage(stage, lambda name: torch.from_numpy(source.unrounded(name)))
         inputs = _collect(stage, states, run, looked_at, source)
-        _rescale(stage, source, inputs)
+        rescale_stage(stage, source, inputs)
         for name in looked_at:
-            _round(source, stage.prefix + name, inputs[name])
-    _load(stage, source.tensor)
+            round_matrix(source, stage.prefix + name, inputs[name])
+    load_stage(stage, source.tensor)
     after = [run(stage.module, x) for x in states]
-    _load(stage, lambda name: torch.empty(source.shapes[name], device="meta"))
+    load_stage(stage, lambda name: torch.empty(source.shapes[name], device="meta"))
     return after
 
 
-def _linears(stage: Stage) -> list[str]:
+def linears(stage: Stage) -> list[str]:
     """Weights of the stage's linear layers, without its prefix."""
     return [
         f"{name}.weight" if name else "weight"
@@ -146,16 +146,9 @@ def _linears(stage: Stage) -> list[str]:
     ]
 
 
-def _looks_at(source: QuantizedSource, name: str) -> bool:
+def looks_at(source: QuantizedSource, name: str) -> bool:
+    """Whether calibration chooses the codes of a matrix."""
     return not source.is_tied(name) and source.rule(name).looks_at_inputs
-
-
-def _load(stage: Stage, read: Callable[[str], Tensor]) -> None:
-    for path, layer in stage.module.named_modules():
-        prefix = stage.prefix + (f"{path}." if path else "")
-        held = {**layer._parameters, **layer._buffers}
-        for name in [name for name, value in held.items() if value is not None]:
-            set_parameter(layer, name, read(prefix + name))
 
 
 def _collect(
@@ -176,7 +169,7 @@ def _collect(
     return collector.inputs()
 
 
-def _rescale(stage: Stage, source: QuantizedSource, inputs: dict[str, LayerInputs]) -> None:
+def rescale_stage(stage: Stage, source: QuantizedSource, inputs: dict[str, LayerInputs]) -> None:
     """Moves factors across every site whose consumers all ask for it; `inputs` follow."""
     for site in stage.sites:
         rules = [source.rule(stage.prefix + name) for name in site.consumers]
@@ -218,7 +211,8 @@ def _apply(prefix: str, site: Site, source: QuantizedSource, factors: Array) -> 
         source.change(prefix + name, source.unrounded(prefix + name) * by_column)
 
 
-def _round(source: QuantizedSource, name: str, inputs: LayerInputs) -> None:
+def round_matrix(source: QuantizedSource, name: str, inputs: LayerInputs) -> None:
+    """Chooses the codes of a matrix."""
     rule = source.rule(name)
     made = load_method(rule.method).quantize(source.unrounded(name), rule.scheme, inputs)
     if rule.scheme.activations == "int8_static":

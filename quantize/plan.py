@@ -160,7 +160,7 @@ PLANS: dict[str, QuantPlan] = {
             "integer kernels, calibrated: outliers evened out, errors made up for (GPTQ)",
             (
                 *SMALL_VISION,
-                Rule("vision_encoder/*", BY_CHANNEL, "gptq", "smoothquant"),
+                Rule("vision_encoder/*", BY_CHANNEL, "mse", "smoothquant"),
                 *_decoder(4, "gptq", "smoothquant"),
             ),
             promise=Promise(0.1, 0.5),

@@ -14,6 +14,7 @@ from lorgnette.cli.export import export
 from lorgnette.cli.inspect import inspect
 from lorgnette.cli.list import list_known
 from lorgnette.cli.run import run
+from lorgnette.cli.search import search
 from lorgnette.cli.verify import verify
 from lorgnette.errors import EXIT_INTERRUPTED
 
@@ -28,7 +29,7 @@ def cli() -> None:
     """
 
 
-for command in (export, run, evaluate, verify, inspect, list_known, doctor):
+for command in (export, search, run, evaluate, verify, inspect, list_known, doctor):
     cli.add_command(command)
 
 

@@ -22,6 +22,8 @@ LEAST_KL = 1e-12
 BINS = 24
 SIZE = (6.4, 3.0)
 """Inches."""
+Spot = tuple[float, float]
+"""Bytes and mean KL divergence in nats."""
 
 
 def kl_by_position(samples: Sequence[SampleQuality]) -> bytes:
@@ -110,6 +112,24 @@ def bytes_by_form(weight_bytes: Mapping[str, int]) -> bytes:
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.set_xlabel("MB")
+
+    return _svg(draw)
+
+
+def frontier(line: Sequence[Spot], marked: Mapping[str, Spot]) -> bytes:
+    """Bytes against loss: the best plans as predicted, and some that were measured."""
+
+    def draw(axes: Axes) -> None:
+        sizes = [size / 1e6 for size, _ in line]
+        losses = [_at_least(loss) for _, loss in line]
+        axes.plot(sizes, losses, ".-", color=COLOURS[0], linewidth=1, label="predicted")
+        for number, (name, (size, loss)) in enumerate(marked.items(), start=1):
+            colour = COLOURS[number % len(COLOURS)]
+            axes.plot([size / 1e6], [_at_least(loss)], "D", color=colour, label=_label(name))
+        axes.set_yscale("log")
+        axes.set_xlabel("weights, MB")
+        axes.set_ylabel("KL divergence, nats")
+        axes.legend(frameon=False, fontsize="small")
 
     return _svg(draw)
 
