@@ -104,22 +104,22 @@ def test_as_a_process_it_is_silent_on_stderr_and_tells_which_kernels_stay_float(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     # Random weights keep no promise: that is told, and accepted.
-    asked = ("--quant", "int8", "--measure", 2)
-    code, out, err = process("export", mobile.checkpoint, *asked)
-    assert (code, out) == (1, b"")
-    assert b"--accept-loss" in err
-    assert err.count(b"\n") == 1
+    asked = ("--quant", "int4-fast", "--measure", 2)
+    refused = call("export", mobile.checkpoint, *asked)
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "--accept-loss" in refused.stderr
+    assert refused.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
     code, out, err = process("export", mobile.checkpoint, *asked, "--accept-loss")
     assert (code, err) == (0, b"")
     lines = out.decode().splitlines()
-    assert lines[0].startswith("checkpoint-int8.lorg: ")
+    assert lines[0].startswith("checkpoint-int4-fast.lorg: ")
     for rung in RUNGS:
         assert any(line.split()[:2] == [rung, "ok"] for line in lines)
     told = [line for line in lines if "stayed float" in line]
     assert len(told) == 1
     assert "vision_encoder: 'projector.depthwise.weight'" in told[0]
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-int8.lorg"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-int4-fast.lorg"]
 
 
 # inspect

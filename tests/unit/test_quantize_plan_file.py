@@ -251,7 +251,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         'select = "*"\nbits = 4', 'select = "*"\nbits = 4\ngroup = 64\nmethod = "hqq"'
     )
     out = folder / "mine.lorg"
-    document("export", ZOO, "--plan", written(folder, rules), "--out", out)
+    plan = written(folder, rules)
+    document("export", ZOO, "--plan", plan, "--out", out, "--measure", 0)
     return out
 
 
