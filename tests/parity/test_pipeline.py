@@ -23,11 +23,11 @@ from lorgnette.export.check import (
     make_golden,
 )
 from lorgnette.export.checkpoint import open_files
-from lorgnette.export.pipeline import export, read_parts
+from lorgnette.export.pipeline import Pictures, export, read_parts
 from lorgnette.export.reference import Reference, stream_module
 from lorgnette.export.trace import build_module
 from lorgnette.quantize.plan import PLANS, find_plan
-from lorgnette.recipe import Recipe
+from lorgnette.recipe import PlanRule, PlanText, Recipe
 from lorgnette.runtime.golden import read_golden
 from lorgnette.runtime.preprocess import prepare
 from lorgnette.targets.onnx import integer_matmul, operators
@@ -36,6 +36,9 @@ from lorgnette.targets.onnx.graph import GraphBuilder
 from tests.quantized import quantized_model
 
 CHECKPOINT = Path(__file__).parents[1] / "zoo" / "checkpoints" / "smolvlm-tiny"
+
+FAST, UNMEASURED = Recipe(quant="int4-fast"), Pictures(measure=0)
+"""Integers and rounded activations in the least time."""
 
 Breakage = Callable[..., object]
 
@@ -56,8 +59,9 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path: Path, scheme: str) -> Non
     other = tmp_path / "elsewhere" / CHECKPOINT.name
     shutil.copytree(CHECKPOINT, other)
     first, second = tmp_path / "first.lorg", tmp_path / "deep" / "er" / "second.lorg"
-    export(CHECKPOINT, first, Recipe(quant=scheme))
-    export(other, second, Recipe(quant=scheme))
+    # What is measured is on record, so that it must be the same, too.
+    export(CHECKPOINT, first, Recipe(quant=scheme), pictures=Pictures(measure=4))
+    export(other, second, Recipe(quant=scheme), pictures=Pictures(measure=4))
     one, two = files_of(first), files_of(second)
     assert list(one) == list(two)
     assert [name for name in one if one[name] != two[name]] == []
@@ -68,20 +72,30 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path: Path, scheme: str) -> Non
 def test_steps_are_told_in_order(tmp_path: Path) -> None:
     steps: list[str] = []
     bundle, ladder = export(
-        CHECKPOINT, tmp_path / "b.lorg", Recipe(quant="int8"), progress=steps.append
+        CHECKPOINT,
+        tmp_path / "b.lorg",
+        Recipe(quant="int8"),
+        pictures=Pictures(measure=4),
+        progress=steps.append,
     )
     assert steps == [
         "read checkpoint",
+        "calibrate vision_encoder",
+        "calibrate decoder",
         "lower vision_encoder",
         "lower token_embedding",
         "lower decoder",
         "reference, original weights",
         "reference, rounded weights",
         "reference, rounded activations",
+        "original answers",
         "write manifest",
         "verify",
+        "measure quality",
     ]
     assert ladder.passed
+    assert bundle.manifest.quality is not None
+    assert bundle.manifest.quality.samples == 4
     assert bundle.path == tmp_path / "b.lorg"
 
 
@@ -202,7 +216,7 @@ def test_rounded_activations_hide_no_wrong_lowering(
     operator, broken, rung = ROUNDED_BREAKAGES[breakage]
     monkeypatch.setitem(operators.TRANSLATIONS, operator, broken)
     with pytest.raises(VerifyError, match=f"rung '{rung}' failed"):
-        export(CHECKPOINT, tmp_path / "b.lorg", Recipe(quant="int4"))
+        export(CHECKPOINT, tmp_path / "b.lorg", FAST, pictures=UNMEASURED)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -212,12 +226,12 @@ def test_rounding_that_is_too_coarse_is_refused(
     """What the twin cannot see, the bound of the graph that ships does."""
     monkeypatch.setattr(integer_matmul, "LEAST_SCALE", 0.3)
     with pytest.raises(VerifyError, match="rung 'image_tokens' failed"):
-        export(CHECKPOINT, tmp_path / "b.lorg", Recipe(quant="int8"))
+        export(CHECKPOINT, tmp_path / "b.lorg", FAST, pictures=UNMEASURED)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_twin_is_not_shipped(tmp_path: Path) -> None:
-    bundle, ladder = export(CHECKPOINT, tmp_path / "b.lorg", Recipe(quant="int4"))
+    bundle, ladder = export(CHECKPOINT, tmp_path / "b.lorg", FAST, pictures=UNMEASURED)
     graphs = sorted(path.name for path in (bundle.path / "graphs").iterdir())
     assert graphs == ["decoder.onnx", "token_embedding.onnx", "vision_encoder.onnx", "weights.bin"]
     assert set(files_of(bundle.path)) == {f.path for f in bundle.manifest.files} | {"manifest.json"}
@@ -238,9 +252,24 @@ def test_a_bundle_is_not_replaced_by_one_that_is_wrong(
         export(CHECKPOINT, out, Recipe())
     monkeypatch.setitem(operators.TRANSLATIONS, "aten.linear.default", linear_without_bias)
     with pytest.raises(VerifyError):
-        export(CHECKPOINT, out, Recipe(quant="int8"), replace=True)
+        export(CHECKPOINT, out, FAST, pictures=UNMEASURED, replace=True)
     assert files_of(out) == before
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_broken_promise_leaves_nothing_behind_unless_loss_is_accepted(tmp_path: Path) -> None:
+    rule = PlanRule(select="*", bits=4)
+    recipe = Recipe(quant="proud", plan=PlanText(name="proud", rule=(rule,), max_kl=1e-9))
+    out = tmp_path / "b.lorg"
+    with pytest.raises(VerifyError, match="further from the original's than the plan promises"):
+        export(CHECKPOINT, out, recipe, pictures=Pictures(measure=2))
+    assert list(tmp_path.iterdir()) == []
+    bundle, _ = export(CHECKPOINT, out, recipe, pictures=Pictures(measure=2, accept_loss=True))
+    quality = bundle.manifest.quality
+    assert quality is not None
+    assert quality.kl_mean > 1e-9
+    assert quality.promise is not None
+    assert (quality.promise.kept, quality.promise.accepted_loss) == (False, True)
 
 
 def test_an_operator_without_translation_is_named(
@@ -328,7 +357,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return streamed
 
 
-@pytest.mark.parametrize("scheme", [None, "int4"])
+@pytest.mark.parametrize("scheme", [None, "int4-fast"])
 def test_reading_layer_by_layer_gives_the_same_numbers(
     monkeypatch: pytest.MonkeyPatch, reads: list[str], scheme: str | None, tmp_path: Path
 ) -> None:
@@ -376,7 +405,7 @@ def test_a_plan_changes_only_what_it_rounds(tmp_path: Path) -> None:
         Reference(
             components, quantized_model(tmp_path, components, parts.sources, plan).sources
         ).embed(ids)
-        for plan in (PLANS["fp32"], PLANS["fp16"], PLANS["int4"])
+        for plan in (PLANS["fp32"], PLANS["fp16"], PLANS["int4-fast"])
     )
     np.testing.assert_array_equal(plain, same)
     # The checkpoint is stored in float16, so this rounding changes nothing.
@@ -420,7 +449,7 @@ def test_golden_data_is_small_and_of_the_original(tmp_path: Path) -> None:
             quantized_model(tmp_path, components, parts.sources, PLANS[name]),
             lambda step: None,
         )
-        for name in ("fp32", "int4")
+        for name in ("fp32", "int4-fast")
     )
     greedy = plain.text.original_greedy_ids
     assert rounded.text.original_greedy_ids == greedy

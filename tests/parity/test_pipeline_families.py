@@ -24,8 +24,9 @@ from lorgnette.export.component import Component
 from lorgnette.export.families import mobilevlm as mobilevlm_family
 from lorgnette.export.layers import projectors, vision
 from lorgnette.export.layers.mlp import MLP
-from lorgnette.export.pipeline import export
+from lorgnette.export.pipeline import Pictures, export
 from lorgnette.export.trace import trace
+from lorgnette.quantize.plan import PLANS
 from lorgnette.recipe import Recipe
 from lorgnette.runtime.golden import Golden, GoldenText, read_golden, write_golden
 from lorgnette.runtime.model import open_model
@@ -44,14 +45,15 @@ SIZES = [(1, 1), (300, 7), (9, 200), (64, 48), (48, 48), (90, 91)]
 
 
 QUICK = {
-    "mobilevlm-v1": ("fp32", "int4"),
+    "mobilevlm-v1": ("fp32", "int4-fast"),
     "mobilevlm-v2": ("fp32", "fp16", "int8", "int4"),
     "omnivlm": ("fp32", "int8", "int4"),
-    "nano-vlm-instruct": ("fp32", "int8"),
+    "nano-vlm-instruct": ("fp32", "int4-fast"),
     "omnivlm-gguf-F16": ("fp32", "fp16"),
     "omnivlm-gguf-Q8_0": ("fp32", "int4"),
 }
 """The schemes that the default run exports; `-m slow` exports the others."""
+MOST_LOST = {"fp32": 0.0, "fp16": 0.005, "int8": 0.1, "int4": 1.0, "int4-fast": 1.0}
 KERNELS = {
     "mobilevlm-v1": ["projector.block1.depthwise.weight", "projector.block2.depthwise.weight"],
     "mobilevlm-v2": ["projector.depthwise.weight"],
@@ -98,7 +100,7 @@ def worst(got: NDArray[np.float32], wanted: Tensor) -> float:
             id=f"{name}-{scheme}",
         )
         for name in CASES
-        for scheme in ("fp32", "fp16", "int8", "int4")
+        for scheme in PLANS
     ],
 )
 def test_a_bundle_of_every_scheme_records_what_the_oracle_says(
@@ -122,11 +124,11 @@ def test_a_bundle_of_every_scheme_records_what_the_oracle_says(
     ):
         assert relative_error(got, wanted) == pytest.approx(recorded, abs=TOLERANCE)
         # Random weights are hurt most; ones stored in half precision lose nothing to fp16.
-        assert recorded <= {"fp32": 0.0, "fp16": 0.005, "int8": 0.1, "int4": 1.0}[scheme]
+        assert recorded <= MOST_LOST[scheme]
     # Vision on integer kernels rounds its activations too, by what the reference emulates.
     off = relative_error(model.engine.encode(tile), golden.image_tokens)
     rounding = golden.text.rounding_activations_image_tokens
-    assert (rounding > 0) is (scheme in ("int8", "int4"))
+    assert (rounding > 0) is scheme.startswith("int")
     assert off <= TOLERANCE + 2 * rounding
     assert off >= rounding / 2
     kernels = [] if scheme == "fp32" else KERNELS.get(name, [])
@@ -184,7 +186,8 @@ def test_the_same_inputs_give_the_same_bytes(
     this = made(name)
     other = tmp_path / "elsewhere" / this.checkpoint.name
     shutil.copytree(this.checkpoint, other)
-    export(other, tmp_path / "second.lorg", Recipe(quant=scheme))
+    recipe, unmeasured = Recipe(quant=scheme), Pictures(measure=0)
+    export(other, tmp_path / "second.lorg", recipe, pictures=unmeasured)
     one, two = files_of(this.bundle(scheme)), files_of(tmp_path / "second.lorg")
     assert list(one) == list(two)
     assert [file for file in one if one[file] != two[file]] == []
@@ -330,7 +333,7 @@ def test_a_graph_that_is_not_the_reference_leaves_nothing_behind(
 
     monkeypatch.setattr("lorgnette.export.pipeline.trace", mistaken)
     with pytest.raises(VerifyError, match="rung 'image_tokens' failed"):
-        export(made(name).checkpoint, tmp_path / "b.lorg", Recipe(quant="int4"))
+        export(made(name).checkpoint, tmp_path / "b.lorg", Recipe(quant="int4-fast"))
     assert list(tmp_path.iterdir()) == []
 
 

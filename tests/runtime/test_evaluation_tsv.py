@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from lorgnette.errors import DatasetError
@@ -43,6 +43,9 @@ def test_what_the_csv_module_writes_is_read_back(
 ) -> None:
     text = io.StringIO(newline="")
     csv.writer(text, delimiter="\t", quoting=quoting, lineterminator=end).writerows(table)  # type: ignore[arg-type]
+    # Before 3.13 the module leaves a lone carriage return unquoted, and cannot read it back itself.
+    text.seek(0)
+    assume(list(csv.reader(text, delimiter="\t")) == table)
     assert [[cell.decode() for cell in cells] for cells in read_all(text.getvalue().encode())] == (
         table
     )

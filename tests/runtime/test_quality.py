@@ -152,7 +152,7 @@ def test_fewer_bits_diverge_more(
     assert 1e-5 < found[2].kl_mean < 0.1
     cosines = [summary.image_token_cosine_mean for summary in found]
     assert cosines[0] > cosines[1]
-    assert cosines[1] == pytest.approx(cosines[2])  # both have vision in int8
+    assert all(1e-6 < 1 - cosine < 5e-4 for cosine in cosines[1:])  # both have vision in 8 bits
 
 
 def whole_prompt_logits(model: Model, answers: OriginalAnswers, at: int) -> Float:
@@ -237,11 +237,11 @@ def test_a_reference_on_rounded_weights_is_near_its_bundle(
 ) -> None:
     rules = tuple(
         rule._replace(scheme=msgspec.structs.replace(rule.scheme, activations="float"))
-        for rule in PLANS["int4"].rules
+        for rule in PLANS["int4-fast"].rules
     )
     plan = QuantPlan("weights", "", rules)
     measured = measure_reference(reference_of(parts, plan), answers)
-    bundle = measure_bundle(open_model(bundle_of("int4"), threads=1), answers)
+    bundle = measure_bundle(open_model(bundle_of("int4-fast"), threads=1), answers)
     assert measured.kl_mean == pytest.approx(bundle.kl_mean, rel=0.5)
     # The bundle rounds activations too.
     assert measured.samples[0].cosines.mean() > bundle.samples[0].cosines.mean()
@@ -388,13 +388,13 @@ def test_other_families_are_measured_too(name: str, tmp_path: Path) -> None:
 def test_a_report_holds_every_sample_and_matrix(
     parts: Parts, bundle_of: Callable[[str], Path], answers: OriginalAnswers, damaged: Model
 ) -> None:
-    manifest = open_bundle(bundle_of("int4")).manifest
-    tensors, left_out = plan_tensors(parts, PLANS["int4"], manifest)
+    manifest = open_bundle(bundle_of("int4-fast")).manifest
+    tensors, left_out = plan_tensors(parts, PLANS["int4-fast"], manifest)
     assert left_out is None
     measured = measure_bundle(damaged, answers)
     summary = summarise(measured, answers)
     report = make_report(manifest, answers, measured, summary, tensors)
-    assert (report.plan, report.target) == ("int4", "onnx-cpu")
+    assert (report.plan, report.target) == ("int4-fast", "onnx-cpu")
     assert report.checkpoint == "smolvlm-tiny"
     for told, answer in zip(report.samples, answers.answers, strict=True):
         assert told.question == answer.sample.question
@@ -410,8 +410,8 @@ def test_a_report_holds_every_sample_and_matrix(
 def test_bytes_of_matrices_are_those_of_the_bundle(
     parts: Parts, bundle_of: Callable[[str], Path]
 ) -> None:
-    manifest = open_bundle(bundle_of("int4")).manifest
-    tensors, _ = plan_tensors(parts, PLANS["int4"], manifest)
+    manifest = open_bundle(bundle_of("int4-fast")).manifest
+    tensors, _ = plan_tensors(parts, PLANS["int4-fast"], manifest)
     found: dict[str, int] = {}
     for tensor in tensors:
         form = tensor.scheme.partition("/")[0]
@@ -420,7 +420,7 @@ def test_bytes_of_matrices_are_those_of_the_bundle(
         stored = sum(entry.weight_bytes.get(form, 0) for entry in manifest.components)
         assert count == pytest.approx(stored, rel=0.02), form
     noise = {tensor.scheme.partition("/")[0]: tensor.sqnr_db or 0 for tensor in tensors}
-    assert 15 < noise["int4g32"] < 25
+    assert 15 < noise["int4g32h"] < 25
     assert 38 < noise["int8c"] < 50
 
 
@@ -445,24 +445,54 @@ def test_matrices_that_cannot_be_made_again_are_left_out_with_the_reason(
 
 
 @pytest.fixture
-def recorded(parts: Parts, bundle_of: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A bundle that records the errors of its matrices."""
-    path = copy_bundle(bundle_of("int4"), tmp_path / "recorded.lorg")
-    manifest = open_bundle(path).manifest
-    write_tensors(path, plan_tensors(parts, PLANS["int4"], manifest)[0])
-    changed = msgspec.structs.replace(manifest, files=list_files(path))
-    (path / "manifest.json").write_bytes(msgspec.json.encode(changed))
-    return path
+def recorded(bundle_of: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy of a bundle that records the errors of its matrices."""
+    return copy_bundle(bundle_of("int4-fast"), tmp_path / "recorded.lorg")
 
 
 def test_a_bundle_records_the_errors_of_its_matrices(
     recorded: Path, fp32: Path, parts: Parts
 ) -> None:
     opened = open_bundle(recorded)
-    wanted, _ = plan_tensors(parts, PLANS["int4"], opened.manifest)
-    assert read_tensors(opened) == wanted
-    assert read_tensors(open_bundle(fp32)) is None
+    wanted, _ = plan_tensors(parts, PLANS["int4-fast"], opened.manifest)
+    assert {(tensor.component, tensor.name): tensor for tensor in wanted} == {
+        (tensor.component, tensor.name): tensor for tensor in read_tensors(opened) or ()
+    }
+    assert read_tensors(open_bundle(fp32)) == ()  # nothing is rounded, and that is on record
+
+
+def test_a_calibrated_bundle_records_what_cannot_be_made_again(
+    bundle_of: Callable[[str], Path], parts: Parts
+) -> None:
+    fast, calibrated = (
+        {
+            (tensor.component, tensor.name): tensor
+            for tensor in read_tensors(open_bundle(path)) or ()
+        }
+        for path in (bundle_of("int4-fast"), bundle_of("int4"))
+    )
+    assert fast.keys() == calibrated.keys()
+    assert {tensor.method for tensor in calibrated.values()} == {"gptq", "mse"}
+    assert all(tensor.scheme == fast[key].scheme for key, tensor in calibrated.items())
+    assert all((tensor.sqnr_db or 0) > 12 for tensor in calibrated.values())
+
+
+def test_a_bundle_may_record_nothing_of_its_matrices(recorded: Path) -> None:
+    """Older ones do not."""
+    manifest = open_bundle(recorded).manifest
+    (recorded / TENSORS_FILE).unlink()
+    changed = msgspec.structs.replace(manifest, files=list_files(recorded))
+    (recorded / "manifest.json").write_bytes(msgspec.json.encode(changed))
+    assert read_tensors(open_bundle(recorded)) is None
     open_model(recorded, threads=1)
+
+
+def test_records_are_read_as_they_were_written(recorded: Path, fp32: Path, tmp_path: Path) -> None:
+    written = read_tensors(open_bundle(recorded))
+    assert written
+    path = copy_bundle(fp32, tmp_path / "again.lorg")
+    write_tensors(path, written)
+    assert read_tensors(open_bundle(redigest(path))) == written
 
 
 @pytest.mark.parametrize("data", [b"[", b"{}", b'[{"name": "a"}]', b"\xff"])

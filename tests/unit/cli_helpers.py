@@ -85,7 +85,8 @@ def _export(quant: str) -> tuple[Path, Any]:
     path.mkdir()
     (path / "manifest.json").write_text("older")
     (path / "older").touch()
-    return path, document("export", ZOO, "--quant", quant, "--out", path, "--force")
+    asked = ("--quant", quant, "--out", path, "--measure", 4)
+    return path, document("export", ZOO, *asked, "--force")
 
 
 def changed_bundle(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:

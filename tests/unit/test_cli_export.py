@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from lorgnette.cli.export import build_recipe
 from lorgnette.errors import ConfigError
+from lorgnette.export.pipeline import Pictures
 from lorgnette.recipe import Recipe
 from tests.unit.cli_helpers import ZOO, bundle, call, export_document, process
 
@@ -45,13 +46,16 @@ def test_as_a_process_it_is_silent_on_stderr_and_names_the_bundle_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, err = process("export", ZOO, "--quant", "int8", "--no-split", "--context", "256")
+    asked = ("--quant", "int8", "--no-split", "--context", "256", "--measure", "4")
+    code, out, err = process("export", ZOO, *asked)
     assert (code, err) == (0, b"")
     lines = out.decode().splitlines()
     assert lines[0].startswith("smolvlm-tiny-int8.lorg: ")
     for word in ("vision_encoder", "token_embedding", "decoder", "pixels", "greedy_ids"):
         assert any(line.split()[:1] == [word] for line in lines)
-    assert lines[-1].startswith("Rounding the weights moved the image tokens by ")
+    assert any(line.startswith("Rounding the weights moved the image tokens by ") for line in lines)
+    assert lines[-1].startswith("promise of the plan ")
+    assert lines[-1].endswith(": kept")
     assert [path.name for path in tmp_path.iterdir()] == ["smolvlm-tiny-int8.lorg"]
     manifest = json.loads((tmp_path / "smolvlm-tiny-int8.lorg" / "manifest.json").read_text())
     assert manifest["context_length"] == 256
@@ -69,21 +73,29 @@ def test_every_option_reaches_the_recipe(monkeypatch: pytest.MonkeyPatch) -> Non
         recipe: Recipe,
         *,
         vision: Path | None,
+        pictures: Pictures,
         replace: bool,
         progress: object,
     ) -> None:
-        asked.append((path, out, recipe, vision, replace))
+        asked.append((path, out, recipe, vision, pictures, replace))
         raise ConfigError("far enough")
 
     monkeypatch.setattr("lorgnette.export.pipeline.export", record)
     options = ("--target", "x", "--quant", "y", "--context", 9, "--max-tiles", 5, "--split")
-    assert call("export", ZOO, *options, "--force").exit_code == 2
+    own = ("--calibrate", "pictures", "--measure", 3, "--accept-loss")
+    assert call("export", ZOO, *options, *own, "--force").exit_code == 2
     apart = ("--vision", "mmproj.gguf")
     assert call("export", "m.gguf", "--longest-edge", 64, *apart).exit_code == 2
     recipe = Recipe(target="x", quant="y", context_length=9, max_tiles=5, split=True)
     assert asked == [
-        (ZOO, Path("smolvlm-tiny-y.lorg"), recipe, None, True),
-        (Path("m.gguf"), Path("m-fp32.lorg"), Recipe(longest_edge=64), Path("mmproj.gguf"), False),
+        (
+            *(ZOO, Path("smolvlm-tiny-y.lorg"), recipe, None),
+            *(Pictures(Path("pictures"), measure=3, accept_loss=True), True),
+        ),
+        (
+            *(Path("m.gguf"), Path("m-fp32.lorg"), Recipe(longest_edge=64), Path("mmproj.gguf")),
+            *(Pictures(), False),
+        ),
     ]
 
 

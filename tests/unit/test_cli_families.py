@@ -103,16 +103,23 @@ def test_as_a_process_it_is_silent_on_stderr_and_tells_which_kernels_stay_float(
     mobile: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, err = process("export", mobile.checkpoint, "--quant", "int8")
+    # Random weights keep no promise: that is told, and accepted.
+    asked = ("--quant", "int4-fast", "--measure", 2)
+    refused = call("export", mobile.checkpoint, *asked)
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "--accept-loss" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+    code, out, err = process("export", mobile.checkpoint, *asked, "--accept-loss")
     assert (code, err) == (0, b"")
     lines = out.decode().splitlines()
-    assert lines[0].startswith("checkpoint-int8.lorg: ")
+    assert lines[0].startswith("checkpoint-int4-fast.lorg: ")
     for rung in RUNGS:
         assert any(line.split()[:2] == [rung, "ok"] for line in lines)
     told = [line for line in lines if "stayed float" in line]
     assert len(told) == 1
     assert "vision_encoder: 'projector.depthwise.weight'" in told[0]
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-int8.lorg"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-int4-fast.lorg"]
 
 
 # inspect
@@ -165,7 +172,12 @@ def counted(shapes: Mapping[str, tuple[int, ...]], layers: int) -> dict[str, int
 
 
 @pytest.mark.parametrize(
-    "scheme", ["fp32", *(pytest.param(n, marks=pytest.mark.slow) for n in ("fp16", "int8")), "int4"]
+    "scheme",
+    [
+        "fp32",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("fp16", "int8", "int4-fast")),
+        "int4",
+    ],
 )
 @pytest.mark.parametrize("name", ["mobile", "pair"])
 def test_predicted_weights_are_the_real_ones(
@@ -261,9 +273,12 @@ def test_published_sizes_are_told_before_a_weight_is_read(published: dict[str, P
         weights, parameters = told["predicted_weight_bytes"], told["parameters"]["total"]
         assert weights["fp32"] == pytest.approx(4 * parameters, rel=0.01)
         assert weights["fp16"] == pytest.approx(2 * parameters, rel=0.01)
-        vision = told["parameters"]["vision_encoder"]  # by channel, the rest in groups of 32
-        assert weights["int8"] == pytest.approx(1.125 * parameters - 0.125 * vision, rel=0.02)
-        assert weights["int4"] < weights["int8"]
+        # Vision by channel, the rest in groups of 32, each with a scale of two bytes.
+        vision = told["parameters"]["vision_encoder"]
+        rest = parameters - vision
+        assert weights["int8"] == pytest.approx(vision + 1.0625 * rest, rel=0.01)
+        assert weights["int4"] == pytest.approx(vision + 0.5625 * rest, rel=0.02)
+        assert weights["int4-fast"] == weights["int4"]
         memory = told["predicted_memory_bytes"]
         assert all(memory[name] > weights[name] for name in PLANS)
 

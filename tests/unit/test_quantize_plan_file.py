@@ -95,7 +95,7 @@ HEAD = 'name = "mine"\n'
         ),
         (HEAD + RULE + "symmetric = 1", ["rule 1", "symmetric"]),
         (HEAD + RULE + 'activations = "int4"', ["'activations'", "float, int8_group, int8_token"]),
-        (HEAD + RULE + 'method = "gptq"', ["'method'", "'gptq'", "hqq, mse, rtn"]),
+        (HEAD + RULE + 'method = "gptr"', ["'method'", "'gptr'", "gptq, hqq, kmeans, mse, rtn"]),
         (
             HEAD + RULE.replace("4", "16") + "group = 32",
             ["'group' does not go with bits = 16", "bits = 16"],
@@ -251,7 +251,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         'select = "*"\nbits = 4', 'select = "*"\nbits = 4\ngroup = 64\nmethod = "hqq"'
     )
     out = folder / "mine.lorg"
-    document("export", ZOO, "--plan", written(folder, rules), "--out", out)
+    plan = written(folder, rules)
+    document("export", ZOO, "--plan", plan, "--out", out, "--measure", 0)
     return out
 
 
