@@ -87,7 +87,7 @@ def _ask_all(scene: Scene, rng: Rng, exam: Exam, most: int) -> list[Question]:
     kinds = [k for k in exam.kinds if k in _LONG_ANSWERS]
     kinds += [str(k) for k in rng.permutation([k for k in exam.kinds if k not in _LONG_ANSWERS])]
     for kind in (*kinds, "position", "shape", "count", "position") if most else ():
-        question = ask(scene, kind, rng)
+        question = ask(scene, kind, rng) if exam.allows(kind, scene) else None
         if question is not None and question not in found:
             found.append(question)
         if len(found) == most:

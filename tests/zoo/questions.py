@@ -87,6 +87,10 @@ class Exam:
     """Largest ratio of the longer to the shorter side."""
     lettering: Lettering = TILED
 
+    def allows(self, kind: str, scene: Scene) -> bool:
+        """Whether a question of a kind is fair: text is described only where reading is asked."""
+        return kind != "describe" or not scene.texts or "read" in self.kinds
+
 
 FULL = Exam()
 WORDS = Exam(ONE_WORD)
@@ -152,7 +156,7 @@ def draw_sample(split: int, index: int, exam: Exam = FULL) -> Sample:
     kind = exam.kinds[index % len(exam.kinds)]
     while True:
         scene = draw_scene(rng, content_for(kind, rng), exam.widest, exam.lettering)
-        question = ask(scene, kind, rng)
+        question = ask(scene, kind, rng) if exam.allows(kind, scene) else None
         if question is not None:
             return Sample(scene, question)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from tests.zoo.families.base import Family, Pixels
 from tests.zoo.labels import classes
 from tests.zoo.model import init_params
 from tests.zoo.oracle import oracle
-from tests.zoo.questions import HELD_OUT, KINDS, draw_sample
+from tests.zoo.questions import HELD_OUT, draw_sample
 
 ALL = pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
 
@@ -78,7 +77,7 @@ def test_labels_name_what_is_there(family: Family) -> None:
 @ALL
 def test_samples_stay_within_the_exam(family: Family) -> None:
     exam = family.exam
-    samples = [draw_sample(HELD_OUT, i, exam) for i in range(28)]
+    samples = [draw_sample(HELD_OUT, i, exam) for i in range(4 * len(exam.kinds))]
     assert [s.question.kind for s in samples] == [*exam.kinds] * 4
     for sample in samples:
         width, height = sample.scene.image.size
@@ -89,7 +88,8 @@ def test_samples_stay_within_the_exam(family: Family) -> None:
 @ALL
 def test_descriptions_have_ten_to_forty_pieces(family: Family) -> None:
     tokens = family.load_tokenizer(checkpoint.CHECKPOINTS / family.name)
-    numbers = [7 * i + family.exam.kinds.index("describe") for i in range(60)]
+    kinds = family.exam.kinds
+    numbers = [len(kinds) * i + kinds.index("describe") for i in range(60)]
     asked = [draw_sample(HELD_OUT, i, family.exam).question for i in numbers]
     lengths = [len(family.answered(tokens, q.text, q.answer)) for q in asked]
     assert min(lengths) >= 10
@@ -98,6 +98,14 @@ def test_descriptions_have_ten_to_forty_pieces(family: Family) -> None:
 
 
 @ALL
+def test_text_is_described_only_where_reading_is_asked(family: Family) -> None:
+    kinds = family.exam.kinds
+    numbers = [len(kinds) * i + kinds.index("describe") for i in range(20)]
+    answers = [draw_sample(HELD_OUT, i, family.exam).question.answer for i in numbers]
+    assert any("The text says" in answer for answer in answers) == ("read" in kinds)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES.values() if "read" in f.exam.kinds])
 def test_characters_of_the_exam_are_wide_enough_to_be_read(family: Family) -> None:
     for number in range(12):
         index = len(family.exam.kinds) * number + family.exam.kinds.index("read")
@@ -155,7 +163,6 @@ def test_committed_checkpoint_has_the_layout_of_its_family(family: Family) -> No
 def test_committed_checkpoint_answers_held_out_pictures(family: Family) -> None:
     torch.set_num_threads(1)
     answer = transformers_answer(checkpoint.CHECKPOINTS / family.name)
-    exam = replace(family.exam, kinds=KINDS[:5])
-    tally = score(answer, count=30, first=5000, exam=exam)
+    tally = score(answer, count=5 * len(family.exam.kinds), first=5000, exam=family.exam)
     right, asked = tally["all"]
-    assert right / asked >= 0.85, table(tally)
+    assert right / asked >= 0.8, table(tally)
