@@ -27,9 +27,10 @@ from benchmarks.ggml_formats import Array, q4_0, q4_k, q4_k_m
 from lorgnette.export.answers import OriginalAnswers, original_answers
 from lorgnette.export.check import Parts
 from lorgnette.export.families import open_checkpoint
-from lorgnette.export.pipeline import Pictures, export, quantize_parts, read_parts
+from lorgnette.export.pipeline import export, quantize_parts, read_parts
 from lorgnette.export.quality import Measured, measure_bundle, measure_reference, summarise
 from lorgnette.export.reference import Reference
+from lorgnette.export.sample_set import Pictures
 from lorgnette.export.weights import WeightSource
 from lorgnette.quantize.plan import PLANS, QuantPlan, Rule
 from lorgnette.quantize.samples import Sample, default_samples, read_samples, split_samples

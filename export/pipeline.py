@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,7 +13,6 @@ import torch
 import lorgnette
 from lorgnette.bundle import Bundle, final_path, list_files, open_bundle, write_manifest, writing
 from lorgnette.errors import CheckpointError, ConfigError
-from lorgnette.export.answers import OriginalAnswers, original_answers
 from lorgnette.export.check import (
     FLOAT_BOUND,
     Parts,
@@ -31,6 +29,7 @@ from lorgnette.export.matrices import matrices_of, matrix_names
 from lorgnette.export.prepared import prepare_samples
 from lorgnette.export.quality import measure_bundle, require_promise, summarise
 from lorgnette.export.quality_report import rounded_tensors, write_tensors
+from lorgnette.export.sample_set import DEFAULT_PICTURES, Pictures, Progress, SampleSet
 from lorgnette.export.tokenizer_files import read_tokenizer_json
 from lorgnette.export.trace import build_module, trace
 from lorgnette.export.weights import WeightSource, check_all_used, module_shapes
@@ -50,7 +49,7 @@ from lorgnette.quantize.calibrate import calibrate, check_methods
 from lorgnette.quantize.plan import MIXED, QuantPlan
 from lorgnette.quantize.plan_file import check_rules, plan_for
 from lorgnette.quantize.residual import rotate_residual
-from lorgnette.quantize.samples import Sample, default_samples, read_samples, split_samples
+from lorgnette.quantize.samples import Sample, default_samples, read_samples
 from lorgnette.quantize.store import QuantizedModel
 from lorgnette.recipe import Recipe
 from lorgnette.runtime.golden import Golden, write_golden
@@ -63,26 +62,6 @@ from lorgnette.targets.target import LoweredComponent, Target
 
 DEFAULT_CONTEXT = 8192
 GOLDEN = "golden"
-DEFAULT_SET = "default"
-"""What the set of samples that comes with the package is called."""
-
-Progress = Callable[[str], None]
-"""Called at the start of each step with its name."""
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Pictures with questions: what is calibrated with, and what the result is measured on.
-
-    Attributes:
-        path: A set as `read_samples` takes it; None takes the one that comes with the package.
-        measure: The most samples that the answers are compared on; 0 measures nothing.
-        accept_loss: Whether a bundle may break its plan's promise.
-    """
-
-    path: Path | None = None
-    measure: int = 16
-    accept_loss: bool = False
 
 
 def export(
@@ -91,7 +70,7 @@ def export(
     recipe: Recipe,
     *,
     vision: str | Path | None = None,
-    pictures: Pictures = Pictures(),
+    pictures: Pictures = DEFAULT_PICTURES,
     replace: bool = False,
     progress: Progress = lambda step: None,
 ) -> tuple[Bundle, Ladder]:
@@ -120,13 +99,7 @@ def export(
     plan, target = plan_for(recipe), find_target(recipe.target)
     sample_set = SampleSet.choose(plan, pictures)
     parts = read_parts(open_checkpoint(checkpoint_path, vision), recipe)
-    golden_prompt(parts, golden_picture())  # refuses a context that is too small
-    matrices = matrices_of(parts.components)
-    check_rules(plan, matrices)
-    check_methods(plan, matrices)
-    problems = target.check(matrices, plan)
-    if problems:
-        raise ConfigError(f"cannot lower to {target.name}", got="; ".join(problems))
+    _check(parts, plan, target)
     with writing(out, replace=replace) as folder:
         with TemporaryDirectory(prefix="codes-", dir=folder) as codes:
             calibrating = sample_set.calibrating
@@ -148,15 +121,27 @@ def export(
         ladder.require(out)
         if answers is not None:
             progress("measure quality")
-            summary = summarise(
-                measure_bundle(model, answers),
-                answers,
-                plan.promise,
-                accepted_loss=pictures.accept_loss,
-            )
+            measured = measure_bundle(model, answers)
+            accepted = pictures.accept_loss
+            summary = summarise(measured, answers, plan.promise, accepted_loss=accepted)
             require_promise(summary, out)
             write_manifest(folder, msgspec.structs.replace(manifest, quality=summary))
     return open_bundle(out), ladder
+
+
+def _check(parts: Parts, plan: QuantPlan, target: Target) -> None:
+    """Refuses what cannot be made, before a weight is read.
+
+    Raises:
+        ConfigError: Naming every scheme that the target cannot carry, or the first other reason.
+    """
+    golden_prompt(parts, golden_picture())  # refuses a context that is too small
+    matrices = matrices_of(parts.components)
+    check_rules(plan, matrices)
+    check_methods(plan, matrices)
+    problems = target.check(matrices, plan)
+    if problems:
+        raise ConfigError(f"cannot lower to {target.name}", got="; ".join(problems))
 
 
 def _with_found_plan(
@@ -179,51 +164,6 @@ def _with_found_plan(
     folder = next(path for path in final.parents if path.is_dir())
     found = search_mixed(parts, find_target(recipe.target), samples, folder, progress)
     return msgspec.structs.replace(recipe, quant=found.name, plan=found)
-
-
-@dataclass(frozen=True)
-class SampleSet:
-    """The two parts of a set of samples.
-
-    Attributes:
-        name: What the set is called; nothing of its place.
-        calibrating: What is calibrated with; nothing where the plan does not ask for it.
-        measuring: What answers are compared on.
-    """
-
-    name: str = ""
-    calibrating: tuple[Sample, ...] = ()
-    measuring: tuple[Sample, ...] = ()
-
-    @staticmethod
-    def choose(plan: QuantPlan, pictures: Pictures) -> SampleSet:
-        """Reads what a plan needs.
-
-        Floats are not measured, since the ladder holds them to more than that, unless the plan
-        promises something.
-
-        Raises:
-            DatasetError: The set cannot be read.
-        """
-        rounds = plan.cache_bits == 8 or any(rule.scheme.is_integer for rule in plan.rules)
-        measures = pictures.measure > 0 and (rounds or plan.promise is not None)
-        if pictures.path is None and not (plan.needs_samples or measures):
-            return SampleSet()
-        name = DEFAULT_SET if pictures.path is None else pictures.path.resolve().name
-        samples = read_samples(pictures.path or default_samples())
-        calibrating, measuring = split_samples(samples)
-        return SampleSet(
-            name,
-            calibrating if plan.needs_samples else (),
-            measuring[: pictures.measure] if measures else (),
-        )
-
-    def answers(self, parts: Parts, progress: Progress) -> OriginalAnswers | None:
-        """What the original says to what is measured on; None where nothing is."""
-        if not self.measuring:
-            return None
-        progress("original answers")
-        return original_answers(parts, self.measuring, sample_set=self.name)
 
 
 def quantize_parts(

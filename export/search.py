@@ -9,6 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, NamedTuple
 
+import msgspec
+
 from lorgnette.errors import ConfigError, VerifyError
 from lorgnette.export.answers import OriginalAnswers, original_answers
 from lorgnette.export.check import Parts
@@ -16,10 +18,11 @@ from lorgnette.export.matrices import matrices_of, matrix_names
 from lorgnette.export.prepared import PreparedSample, prepare_samples
 from lorgnette.export.quality import measure_reference
 from lorgnette.export.reference import Reference
+from lorgnette.export.sample_set import SampleSet
 from lorgnette.export.sensitivity import Loss, measure_units, quantize_candidates
 from lorgnette.export.units import Unit, find_units, plan_of
 from lorgnette.quantize.calibrate import calibrate
-from lorgnette.quantize.plan import MIXED_BITS, QuantPlan
+from lorgnette.quantize.plan import MIXED_BITS, MIXED_PROMISE, QuantPlan
 from lorgnette.quantize.plan_file import check_rules
 from lorgnette.quantize.plan_text import rule_text, to_toml
 from lorgnette.quantize.samples import Sample, split_samples
@@ -49,21 +52,6 @@ class Limit(NamedTuple):
     """`bytes` of all weights; average `bits` of the codes of all matrices, scales not counted and
     what two matrices share counted once; or `loss`, the mean KL divergence in nats."""
     value: float
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Two parts of a set of samples.
-
-    Attributes:
-        name: What the set is called.
-        calibrating: What is calibrated with.
-        measuring: What answers are compared on.
-    """
-
-    name: str
-    calibrating: tuple[Sample, ...]
-    measuring: tuple[Sample, ...]
 
 
 @dataclass(frozen=True)
@@ -150,7 +138,7 @@ class Search:
         self,
         parts: Parts,
         target: Target,
-        samples: Samples,
+        samples: SampleSet,
         folder: Path,
         progress: Progress = SILENT,
     ) -> None:
@@ -366,7 +354,9 @@ def search_mixed(
     """
     limit = Limit("bits", MIXED_BITS)
     split = split_for_search("", samples, COUNT)
-    return Search(parts, target, split, folder, Progress(step)).run(limit, plan_name(limit)).plan
+    found = Search(parts, target, split, folder, Progress(step)).run(limit, plan_name(limit)).plan
+    kl, same = MIXED_PROMISE
+    return msgspec.structs.replace(found, max_kl=kl, min_same_answer=same)
 
 
 def plan_name(limit: Limit) -> str:
@@ -375,7 +365,7 @@ def plan_name(limit: Limit) -> str:
     return f"mixed-{value}" if limit.kind == "bits" else f"mixed-{value}-{limit.kind}"
 
 
-def split_for_search(name: str, samples: Sequence[Sample], count: int) -> Samples:
+def split_for_search(name: str, samples: Sequence[Sample], count: int) -> SampleSet:
     """A set as a search takes it: `count` samples to measure on, three times as many to calibrate.
 
     Args:
@@ -384,7 +374,7 @@ def split_for_search(name: str, samples: Sequence[Sample], count: int) -> Sample
         count: How many to measure on at most.
     """
     calibrating, measuring = split_samples(samples)
-    return Samples(name, calibrating[: 3 * count], measuring[:count])
+    return SampleSet(name, calibrating[: 3 * count], measuring[:count])
 
 
 def floats_of(parts: Parts) -> list[dict[str, str | int]]:

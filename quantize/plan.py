@@ -182,6 +182,7 @@ PLANS: dict[str, QuantPlan] = {
 MIXED = "mixed"
 """What asks for a plan that is found by measuring: its rules are a checkpoint's own."""
 MIXED_BITS = 3.5
+MIXED_PROMISE = Promise(0.2, 0.3)
 """Bits of its codes on average over all matrices, scales not counted."""
 
 

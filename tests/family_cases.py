@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from lorgnette.export.pipeline import Pictures, export
+from lorgnette.export.pipeline import export
+from lorgnette.export.sample_set import Pictures
 from lorgnette.recipe import Recipe
 from lorgnette.runtime.model import Model, open_model
 from tests import make_mobilevlm as mobilevlm

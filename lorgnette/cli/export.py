@@ -110,8 +110,8 @@ def export(
     given = {key: value for key, value in options.items() if value is not None}
     recipe = build_recipe(recipe_file, settings, given)
     require_extra("export")
-    from lorgnette.export.pipeline import Pictures
     from lorgnette.export.pipeline import export as run_export
+    from lorgnette.export.sample_set import Pictures
     from lorgnette.runtime.golden import read_golden
 
     name = checkpoint.resolve().name.removesuffix(".gguf")

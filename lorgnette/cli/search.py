@@ -18,7 +18,8 @@ from lorgnette.errors import LorgnetteError
 
 if TYPE_CHECKING:
     from lorgnette.export.check import Parts
-    from lorgnette.export.search import Found, Limit, Samples, Search, WeightBytes
+    from lorgnette.export.sample_set import SampleSet
+    from lorgnette.export.search import Found, Limit, Search, WeightBytes
     from lorgnette.quantize.plan import QuantPlan
     from lorgnette.report.plots import Spot
 
@@ -171,7 +172,7 @@ def _search(
     return found, document
 
 
-def _samples(path: Path | None, count: int) -> Samples:
+def _samples(path: Path | None, count: int) -> SampleSet:
     from lorgnette.export.search import split_for_search
     from lorgnette.quantize.samples import default_samples, read_samples
 

@@ -23,8 +23,9 @@ from lorgnette.export.check import (
     make_golden,
 )
 from lorgnette.export.checkpoint import open_files
-from lorgnette.export.pipeline import Pictures, export, read_parts
+from lorgnette.export.pipeline import export, read_parts
 from lorgnette.export.reference import Reference, stream_module
+from lorgnette.export.sample_set import Pictures
 from lorgnette.export.trace import build_module
 from lorgnette.quantize.plan import PLANS, find_plan
 from lorgnette.recipe import PlanRule, PlanText, Recipe

@@ -24,7 +24,8 @@ from lorgnette.export.component import Component
 from lorgnette.export.families import mobilevlm as mobilevlm_family
 from lorgnette.export.layers import projectors, vision
 from lorgnette.export.layers.mlp import MLP
-from lorgnette.export.pipeline import Pictures, export
+from lorgnette.export.pipeline import export
+from lorgnette.export.sample_set import Pictures
 from lorgnette.export.trace import trace
 from lorgnette.quantize.plan import PLANS
 from lorgnette.recipe import Recipe

@@ -25,7 +25,8 @@ def checkpoint() -> Path:
 @pytest.fixture(scope="session")
 def bundle_of(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Makes the bundle of a scheme when it is first asked for; never written to."""
-    from lorgnette.export.pipeline import Pictures, export
+    from lorgnette.export.pipeline import export
+    from lorgnette.export.sample_set import Pictures
     from lorgnette.recipe import Recipe
 
     folder = tmp_path_factory.mktemp("bundles")

@@ -25,7 +25,8 @@ from lorgnette.export.pipeline import read_parts
 from lorgnette.export.prepared import prepare_samples
 from lorgnette.export.quality import measure_reference
 from lorgnette.export.reference import Reference
-from lorgnette.export.search import Limit, Samples, Search, plan_name
+from lorgnette.export.sample_set import SampleSet
+from lorgnette.export.search import Limit, Search, plan_name
 from lorgnette.export.sensitivity import Loss, measure_units, quantize_candidates
 from lorgnette.export.units import Unit, find_units, plan_of
 from lorgnette.export.walk import ModelWalk, Passage, first_states
@@ -229,7 +230,7 @@ class MadeUp(Search):
 
 @pytest.fixture
 def made_up(parts: Parts, tmp_path: Path) -> MadeUp:
-    return MadeUp(parts, find_target("onnx-cpu"), Samples("none", (), ()), tmp_path)
+    return MadeUp(parts, find_target("onnx-cpu"), SampleSet("none", (), ()), tmp_path)
 
 
 def code_bits(search: Search, plan: QuantPlan) -> float:
@@ -384,7 +385,7 @@ def test_the_plan_mixed_is_searched_for(
     assert recipe.plan is not None
     parts = read_parts(open_checkpoint(ZOO, None), Recipe())
     plan = build_plan(recipe.plan, "here")
-    search = MadeUp(parts, find_target("onnx-cpu"), Samples("none", (), ()), tmp_path)
+    search = MadeUp(parts, find_target("onnx-cpu"), SampleSet("none", (), ()), tmp_path)
     assert 3 < code_bits(search, plan) <= 3.5
     assert [path.name for path in tmp_path.iterdir()] == ["mixed.lorg"]
     assert document("verify", out, "--against", ZOO)["passed"]

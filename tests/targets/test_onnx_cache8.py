@@ -23,7 +23,8 @@ from lorgnette.export.cache_rounding import round_cache
 from lorgnette.export.component import Component, TensorSpec
 from lorgnette.export.layers.attention import CachedAttention, cached_attention
 from lorgnette.export.layers.rope import rope_tables
-from lorgnette.export.pipeline import Pictures, export
+from lorgnette.export.pipeline import export
+from lorgnette.export.sample_set import Pictures
 from lorgnette.export.trace import build_module, trace
 from lorgnette.export.weights import WeightSource, module_shapes
 from lorgnette.quantize.cache import CacheRanges, cache_scale

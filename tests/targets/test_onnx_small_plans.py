@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lorgnette.export.pipeline import Pictures, export
+from lorgnette.export.pipeline import export
+from lorgnette.export.sample_set import Pictures
 from lorgnette.recipe import PlanRule, PlanText, Recipe
 from lorgnette.targets.onnx.lowering import OnnxCpu
 

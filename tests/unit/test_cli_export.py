@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from lorgnette.cli.export import build_recipe
 from lorgnette.errors import ConfigError
-from lorgnette.export.pipeline import Pictures
+from lorgnette.export.sample_set import Pictures
 from lorgnette.recipe import Recipe
 from tests.unit.cli_helpers import ZOO, bundle, call, export_document, process
 

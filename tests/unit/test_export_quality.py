@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from lorgnette.bundle import open_bundle
 from lorgnette.cli.verify import _bounds_against
 from lorgnette.errors import DatasetError
-from lorgnette.export.pipeline import DEFAULT_SET, Pictures, SampleSet
+from lorgnette.export.sample_set import DEFAULT_SET, Pictures, SampleSet
 from lorgnette.manifest import QualitySummary, decode_manifest
 from lorgnette.quantize.plan import PLANS, Promise, QuantPlan, Rule
 from lorgnette.quantize.samples import default_samples, read_samples, split_samples
