@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,19 +122,7 @@ def original_answers(
     """
     components = {component.name: component for component in parts.components}
     reference = reference or Reference(components, parts.sources)
-    encoder = PromptEncoder(reference.encode, reference.embed)
-    stop_ids = parts.prompt.stop_token_ids
-    asked: list[tuple[Sample, list[int], Float]] = []
-    embedded: list[Float] = []
-    for done, sample in enumerate(samples, start=1):
-        picture = load_image(sample.image)
-        tiles = partial(prepare, picture, parts.preprocess)
-        ids = sample_prompt(parts, sample, *picture.shape[:2])
-        if len(ids) + max_new_tokens <= parts.context_length:
-            image_tokens = encoder.encode(sample, tiles)
-            asked.append((sample, ids, image_tokens))
-            embedded.append(encoder.splice(ids, parts.spec.image_token_id, image_tokens))
-        tell(done, len(samples))
+    asked = list(_ask(parts, samples, reference, max_new_tokens, tell))
     if not asked:
         raise DatasetError(
             "no sample fits the context length",
@@ -141,17 +130,20 @@ def original_answers(
             got=f"{parts.context_length} tokens for {len(samples)} samples",
             hint="give a larger --context, or shorter questions",
         )
+    prompts = [each.embeddings for each in asked]
     said = [
         answer
-        for prompts in _together(embedded, parts, max_new_tokens)
-        for answer in reference.generate_all(prompts, max_new_tokens, stop_ids)
+        for lot in _together(prompts, parts, max_new_tokens)
+        for answer in reference.generate_all(lot, max_new_tokens, parts.prompt.stop_token_ids)
     ]
-    answers = [
-        OriginalAnswer(sample, tuple(ids), image_tokens, tuple(greedy), logits, parts.preprocess)
-        for (sample, ids, image_tokens), (logits, greedy) in zip(asked, said, strict=True)
-    ]
+    answers = tuple(
+        OriginalAnswer(
+            q.sample, tuple(q.ids), q.image_tokens, tuple(greedy), logits, parts.preprocess
+        )
+        for q, (logits, greedy) in zip(asked, said, strict=True)
+    )
     return OriginalAnswers(
-        answers=tuple(answers),
+        answers=answers,
         skipped=len(samples) - len(answers),
         sample_set=sample_set,
         digest=samples_digest(samples),
@@ -161,6 +153,34 @@ def original_answers(
         image_token_id=parts.spec.image_token_id,
         context_length=parts.context_length,
     )
+
+
+class _Asked(NamedTuple):
+    """A question that fits the context, before its answer."""
+
+    sample: Sample
+    ids: list[int]
+    image_tokens: Float
+    embeddings: Float
+
+
+def _ask(
+    parts: Parts,
+    samples: Sequence[Sample],
+    reference: Reference,
+    max_new_tokens: int,
+    tell: Tell,
+) -> Iterator[_Asked]:
+    """Every sample that leaves room for an answer, its picture encoded."""
+    encoder = PromptEncoder(reference.encode, reference.embed)
+    for done, sample in enumerate(samples, start=1):
+        picture = load_image(sample.image)
+        ids = sample_prompt(parts, sample, *picture.shape[:2])
+        if len(ids) + max_new_tokens <= parts.context_length:
+            image_tokens = encoder.encode(sample, partial(prepare, picture, parts.preprocess))
+            embeddings = encoder.splice(ids, parts.spec.image_token_id, image_tokens)
+            yield _Asked(sample, ids, image_tokens, embeddings)
+        tell(done, len(samples))
 
 
 def _together(prompts: Sequence[Float], parts: Parts, max_new_tokens: int) -> Iterator[list[Float]]:
