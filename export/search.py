@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from lorgnette.errors import ConfigError, VerifyError
-from lorgnette.export.answers import OriginalAnswers, original_answers
+from lorgnette.export.answers import OriginalAnswers, original_answers, silent
 from lorgnette.export.check import Parts
 from lorgnette.export.matrices import matrices_of, matrix_names
 from lorgnette.export.prepared import PreparedSample, prepare_samples
@@ -45,6 +45,10 @@ WeightBytes = Callable[[QuantPlan], int]
 """The size of the weights that a plan makes."""
 
 
+def _no_step(_: str) -> None:
+    """Tells nobody."""
+
+
 class Limit(NamedTuple):
     """What a plan has to keep."""
 
@@ -63,8 +67,8 @@ class Progress:
         part: Called within long steps: how many parts are done, and of how many.
     """
 
-    step: Callable[[str], None] = lambda name: None
-    part: Callable[[int, int], None] = lambda done, of: None
+    step: Callable[[str], None] = _no_step
+    part: Callable[[int, int], None] = silent
 
 
 SILENT = Progress()
