@@ -69,6 +69,7 @@ CLAIMING = {
     "smoothquant, rtn": int4("rtn", "smoothquant"),
     "awq, mse": int4("mse", "awq"),
     "smoothquant, gptq": int4("gptq", "smoothquant"),
+    "outliers, gptq": int4("gptq", "outliers"),
     "rotation, smoothquant, rtn": int4("rtn", "smoothquant", rotate=True),
 }
 WHOLE = [
