@@ -54,6 +54,14 @@ class Limit(NamedTuple):
     value: float
 
 
+def _no_step(name: str) -> None:
+    """Tells nobody of a step."""
+
+
+def _no_part(done: int, of: int) -> None:
+    """Tells nobody of a part of a step."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """Who is told.
@@ -63,8 +71,8 @@ class Progress:
         part: Called within long steps: how many parts are done, and of how many.
     """
 
-    step: Callable[[str], None] = lambda name: None
-    part: Callable[[int, int], None] = lambda done, of: None
+    step: Callable[[str], None] = _no_step
+    part: Callable[[int, int], None] = _no_part
 
 
 SILENT = Progress()
