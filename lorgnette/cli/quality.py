@@ -120,15 +120,17 @@ def measure(
 
 def _read_samples(request: Request) -> tuple[tuple[Sample, ...], str]:
     """The samples of a request and the name of their set; checks what else it needs."""
-    from lorgnette.quantize.samples import default_samples, read_samples
+    from lorgnette.quantize.samples import default_samples, read_samples, split_samples
 
     if request.html is not None:
         require_extra("report")
         if not request.html.absolute().parent.is_dir():
             raise LorgnetteError("no such folder", where=request.html.parent)
-    samples = read_samples(request.samples or default_samples(), request.count or COUNT)
-    name = "default" if request.samples is None else request.samples.resolve().name
-    return samples, name
+    count = request.count or COUNT
+    if request.samples is not None:
+        return read_samples(request.samples, count), request.samples.resolve().name
+    _, kept = split_samples(read_samples(default_samples()))  # exports calibrate with the others
+    return kept[:count], "default"
 
 
 def _tensors(bundle: Bundle, parts: Parts) -> tuple[tuple[TensorQuality, ...], str | None]:
