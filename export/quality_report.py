@@ -137,11 +137,15 @@ def rounded_tensors(model: QuantizedModel) -> list[TensorQuality]:
     """What rounding did to each matrix, rescaled ones compared with themselves before rounding."""
     return [
         tensor_quality(
-            source.component, name, source.unrounded(name), source.codes(name), rule.method
+            source.component,
+            name,
+            source.unrounded(name),
+            source.codes(name),
+            source.method(name),
         )
         for source in model.sources.values()
         for name in sorted(source.matrices)
-        if (rule := source.rule(name)).scheme.is_integer
+        if source.rule(name).scheme.is_integer
     ]
 
 

@@ -108,7 +108,13 @@ def _walk_decoder(
 ) -> None:
     decoder = cast("LlamaDecoder", build_module(component))
     source = model.sources[component.name]
-    table = model.sources["token_embedding"].tensor("table.weight")
+    embedding, name = model.sources["token_embedding"], "table.weight"
+    # A table that takes the head's codes has none before the end of the walk.
+    table = (
+        torch.from_numpy(embedding.unrounded(name))
+        if embedding.is_tied(name)
+        else embedding.tensor(name)
+    )
     states = []
     for sample, tokens in zip(samples, image_tokens, strict=True):
         embeddings = table[[*sample.prompt_ids, *sample.answer_ids]]

@@ -127,11 +127,11 @@ SMALL_VISION = (
 
 
 def _decoder(bits: int, method: str, scaling: Scaling) -> tuple[Rule, ...]:
-    """Table and head by one method without data: where they are one tensor, they stay one."""
+    """Table and head in one form: where they are one tensor, the table takes the head's codes."""
     scheme = _grouped(bits)
     return (
         Rule("token_embedding/*", scheme, "mse"),
-        Rule("decoder/head.weight", scheme, "mse"),
+        Rule("decoder/head.weight", scheme, method),
         Rule("*", scheme, method, scaling),
     )
 

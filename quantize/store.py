@@ -119,6 +119,13 @@ class QuantizedSource:
             self._codes[name] = self._keep(name, made)
         return self._codes[name]
 
+    def method(self, name: str) -> str:
+        """The method that chooses a matrix's codes, or those of the one that it follows."""
+        if self.is_tied(name):
+            source, first = self._tied[name]
+            return source.method(first)
+        return self.rule(name).method
+
     def is_tied(self, name: str) -> bool:
         """Whether a matrix is another's, whose rule and codes are its own."""
         if name not in self._tied:
@@ -186,8 +193,14 @@ class QuantizedModel:
         self._tie(sources)
 
     def _tie(self, sources: Mapping[str, WeightSource]) -> None:
-        """A tensor that two matrices share is stored once where both ask for the same codes."""
+        """A tensor that two matrices share is stored once where both ask for the same codes.
+
+        A table takes the codes of its head where calibration chooses those, in the same form: what
+        is right for the logits serves the look-up better than codes by the weights alone (measured
+        on the zoo), and one matrix is stored.
+        """
         first: dict[tuple[str, ...], tuple[QuantizedSource, str]] = {}
+        free: dict[tuple[str, str], tuple[QuantizedSource, str]] = {}
         for source in self.sources.values():
             for name in sorted(source.matrices):
                 origin, rule = sources[source.component].origin(name), source.rule(name)
@@ -198,3 +211,8 @@ class QuantizedModel:
                 held = first.setdefault(kind, (source, name))
                 if held != (source, name):
                     source.tie(name, *held)
+                elif not rule.looks_at_inputs:
+                    free.setdefault(kind[:2], held)
+                elif rule.scaling == "none" and kind[:2] in free:
+                    follower, follows = free[kind[:2]]
+                    follower.tie(follows, source, name)

@@ -79,15 +79,32 @@ def bundle_weight_bytes(
 
     stored: set[tuple[str, str]] = set()
     end = 0
+    calibrated = _calibrated(sources, matrices, plan)
     for component, source in sources.items():
         for name, shape in source.shapes.items():
             origin = source.origin(name) or f"{component}/{name}"
             rule = plan.rule_for(component, name) if name in matrices[component] else None
+            if rule is not None:  # a table takes its head's codes where calibration chooses them
+                method = calibrated.get((origin, rule.scheme.form), rule.method)
+                rule = rule._replace(method=method)
             for form, count in _blobs(shape, rule):
                 if (origin, form) not in stored:
                     stored.add((origin, form))
                     end += -end % (PAGE_BYTES if count >= PAGE_BYTES else SMALL_ALIGN_BYTES) + count
     return end
+
+
+def _calibrated(
+    sources: Mapping[str, WeightSource], matrices: Mapping[str, set[str]], plan: QuantPlan
+) -> dict[tuple[str, str], str]:
+    """Origin and form to method, of matrices whose codes calibration chooses without a rescale."""
+    found = {}
+    for component, source in sources.items():
+        for name in matrices[component]:
+            origin, rule = source.origin(name), plan.rule_for(component, name)
+            if origin is not None and rule.looks_at_inputs and rule.scaling == "none":
+                found[origin, rule.scheme.form] = rule.method
+    return found
 
 
 def _blobs(shape: tuple[int, ...], rule: Rule | None) -> list[tuple[str, int]]:
