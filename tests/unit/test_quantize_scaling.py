@@ -1,4 +1,4 @@
-"""AWQ and SmoothQuant against loops over numbers, and what they undo."""
+"""AWQ, SmoothQuant and what is left of it for outliers against loops over numbers, and what they undo."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lorgnette.quantize.scheme import QuantScheme
 from tests.unit.quantize_cases import Matrix, correlated, layer_inputs, trained_like
 
 INT4 = QuantScheme(bits=4, group_size=16)
-NAMES = ("awq", "smoothquant")
+NAMES = ("awq", "outliers", "smoothquant")
 
 
 def rounding(scheme: QuantScheme) -> Callable[[Matrix, int], Matrix]:
@@ -66,7 +66,9 @@ def test_the_methods_are_the_files_of_the_folder() -> None:
     assert scaling_names() == list(NAMES)
     assert load_scaling("awq").factors is awq.factors
     for name in ("site", "none", "../awq", ""):
-        with pytest.raises(ConfigError, match=r"unknown scaling method.*awq, smoothquant"):
+        with pytest.raises(
+            ConfigError, match=r"unknown scaling method.*awq, outliers, smoothquant"
+        ):
             load_scaling(name)
 
 
@@ -169,6 +171,23 @@ def test_outlier_inputs_can_be_rounded_after_scaling(name: str) -> None:
     factors = load_scaling(name).factors(twin)
     assert error(twin, nothing) > 100 * error(one, nothing)
     assert error(twin, factors) < 2 * error(one, nothing)
+
+
+def test_only_channels_that_stand_out_are_rescaled() -> None:
+    rows = correlated(512, 128)
+    one = site((trained_like(64, 128),), rows)
+    plain = load_scaling("outliers").factors(one)
+    smooth = smoothquant.factors(one)
+    inside = (smooth > 0.25) & (smooth < 4)
+    assert inside.mean() > 0.9
+    assert (plain[inside] == 1).all()
+    factor = np.ones(128, np.float32)
+    factor[[5, 70]] = (64, 1 / 64)
+    found = load_scaling("outliers").factors(rescaled(one, rows, factor))
+    standing = np.flatnonzero(found != 1)
+    assert {5, 70} <= set(standing.tolist())
+    wanted = smoothquant.factors(rescaled(one, rows, factor))
+    np.testing.assert_array_equal(found[standing], wanted[standing])
 
 
 def test_scaling_is_left_out_where_it_does_not_help() -> None:
