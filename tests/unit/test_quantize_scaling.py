@@ -1,4 +1,4 @@
-"""AWQ, SmoothQuant and what is left of it for outliers against loops over numbers, and what they undo."""
+"""AWQ, SmoothQuant and its part for outliers against loops over numbers, and what they undo."""
 
 from __future__ import annotations
 
