@@ -13,6 +13,7 @@ import torch
 import lorgnette
 from lorgnette.bundle import Bundle, final_path, list_files, open_bundle, write_manifest, writing
 from lorgnette.errors import CheckpointError, ConfigError
+from lorgnette.export.answers import OriginalAnswers
 from lorgnette.export.check import (
     FLOAT_BOUND,
     Parts,
@@ -42,6 +43,7 @@ from lorgnette.manifest import (
     Format,
     GoldenEntry,
     Manifest,
+    QualitySummary,
     TensorEntry,
     requirements,
 )
@@ -102,8 +104,8 @@ def export(
     _check(parts, plan, target)
     with writing(out, replace=replace) as folder:
         with TemporaryDirectory(prefix="codes-", dir=folder) as codes:
-            calibrating = sample_set.calibrating
-            quantized = quantize_parts(parts, plan, Path(codes) / "model", calibrating, progress)
+            place, calibrating = Path(codes) / "model", sample_set.calibrating
+            quantized = quantize_parts(parts, plan, place, calibrating, progress)
             lowered = _lower(parts, quantized, target, folder, progress)
             golden = make_golden(parts, quantized, progress)
             write_tensors(folder, rounded_tensors(quantized))
@@ -121,12 +123,18 @@ def export(
         ladder.require(out)
         if answers is not None:
             progress("measure quality")
-            measured = measure_bundle(model, answers)
-            accepted = pictures.accept_loss
-            summary = summarise(measured, answers, plan.promise, accepted_loss=accepted)
+            summary = _measure(model, answers, plan, pictures)
             require_promise(summary, out)
             write_manifest(folder, msgspec.structs.replace(manifest, quality=summary))
     return open_bundle(out), ladder
+
+
+def _measure(
+    model: Model, answers: OriginalAnswers, plan: QuantPlan, pictures: Pictures
+) -> QualitySummary:
+    """How far the finished bundle's answers are from the original's, and what was promised."""
+    measured = measure_bundle(model, answers)
+    return summarise(measured, answers, plan.promise, accepted_loss=pictures.accept_loss)
 
 
 def _check(parts: Parts, plan: QuantPlan, target: Target) -> None:
