@@ -14,7 +14,7 @@ from lorgnette.recipe import Recipe
 from lorgnette.spec import Frozen, ModelSpec, Preprocess, PromptSpec
 
 FORMAT_MAJOR = 2
-FORMAT_MINOR = 1
+FORMAT_MINOR = 2
 CACHE8 = "cache8"
 KNOWN_REQUIREMENTS: frozenset[str] = frozenset({"tiles", "square", CACHE8})
 """What a bundle may ask of its reader: kinds of preprocessing, and a KV cache of 8 bits; one that
@@ -50,6 +50,29 @@ class TensorEntry(Frozen, frozen=True):
     shape: tuple[int | str, ...]
 
 
+class FunctionEntry(Frozen, frozen=True):
+    """A function of a graph, where what it takes is not the component's contract word for word."""
+
+    name: str
+    """What an engine calls it by."""
+    entry_point: str
+    """`encode`, `embed`, `prefill` or `decode`."""
+    inputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]
+    states: tuple[TensorEntry, ...] = ()
+    """Tensors that it reads and writes in place."""
+
+
+class Fallback(Frozen, frozen=True):
+    """An operator that the delegate or accelerator of a target does not take."""
+
+    operator: str
+    source: str
+    """Where it was written, such as `export/layers/vision.py:32`; empty where unknown."""
+    count: int
+    reason: str
+
+
 class ComponentEntry(Frozen, frozen=True):
     """A graph: what it takes, what it gives, what is in it."""
 
@@ -63,6 +86,14 @@ class ComponentEntry(Frozen, frozen=True):
     operators: dict[str, int]
     weight_bytes: dict[str, int]
     kept_in_float: dict[str, str]
+    functions: tuple[FunctionEntry, ...] = ()
+    """What its functions really take, where the target has shapes or states of its own."""
+    exceptions: tuple[str, ...] = ()
+    """What is carried otherwise than the plan says, a line each."""
+    fallbacks: tuple[Fallback, ...] = ()
+    """Operators that run outside the target's delegate."""
+    advice: tuple[str, ...] = ()
+    """What would hinder the accelerator that the target is for, a line each; not measured."""
 
 
 class Bounds(Frozen, frozen=True):
@@ -153,6 +184,9 @@ class Manifest(Frozen, frozen=True):
     files: tuple[FileEntry, ...]
     quality: QualitySummary | None = None
     """What rounding cost, where it was measured."""
+    not_run: str = ""
+    """Why nothing here could run it, so that its answers were never checked; empty where they
+    were."""
 
     def component(self, name: str) -> ComponentEntry:
         """The component of a name.

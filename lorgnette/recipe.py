@@ -48,3 +48,5 @@ class Recipe(Frozen, frozen=True):
     """Whether pictures are cut into tiles; None takes what the checkpoint says."""
     plan: PlanText | None = None
     """The rules of a plan file; None takes the plan that `quant` names."""
+    max_fallback: int | None = None
+    """The most operators that may run outside the target's delegate; None allows any number."""

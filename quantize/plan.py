@@ -155,6 +155,18 @@ PLANS: dict[str, QuantPlan] = {
             promise=Promise(0.01, 0.9),
         ),
         QuantPlan(
+            "int8-channel",
+            "matrices 8-bit by channel with activations rounded by position, the form that "
+            "kernels of phones know; outliers evened out by calibration",
+            (
+                *SMALL_VISION,
+                Rule("token_embedding/*", _grouped(8), "mse"),
+                Rule("decoder/head.weight", BY_CHANNEL, "mse"),
+                Rule("*", BY_CHANNEL, "mse", "outliers"),
+            ),
+            promise=Promise(0.02, 0.85),
+        ),
+        QuantPlan(
             "int4",
             "decoder, head and embedding 4-bit in groups of 32, vision encoder 8-bit by channel on "
             "integer kernels, calibrated: outliers evened out, errors made up for (GPTQ)",

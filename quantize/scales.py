@@ -9,6 +9,8 @@ from lorgnette.errors import ConfigError
 from lorgnette.quantize.scheme import QuantScheme
 
 Scales = NDArray[np.float32]
+TOP_BITS = np.uint32(0xFFFF0000)
+"""The half of a float32 that is a bfloat16."""
 
 
 def stored_scales(scales: Scales, scheme: QuantScheme) -> Scales:
@@ -18,7 +20,22 @@ def stored_scales(scales: Scales, scheme: QuantScheme) -> Scales:
     """
     if scheme.scale_bits == 32:
         return scales
-    return half_scales(scales) if scheme.scale_bits == 16 else whole_scales(scales, scheme)
+    return short_scales(scales) if scheme.scale_bits == 16 else whole_scales(scales, scheme)
+
+
+def short_scales(scales: Scales) -> Scales:
+    """Scales rounded to 8 significant bits within float16, which bfloat16 holds exactly, too.
+
+    One kind of 16 bits for every target: XNNPACK keeps scales of groups as bfloat16, others as
+    float16, and codes are to mean the same numbers everywhere.
+
+    Raises:
+        ConfigError: One is too large for float16.
+    """
+    bits = np.ascontiguousarray(scales, np.float32).view(np.uint32)
+    # Round half to even at the sixteenth bit: half of the last bit kept, less one where that is 0.
+    kept = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & TOP_BITS
+    return half_scales(kept.view(np.float32).reshape(scales.shape))
 
 
 def half_scales(scales: Scales) -> Scales:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Literal
 
@@ -89,17 +90,43 @@ class Capabilities(Frozen, frozen=True):
     """Bits of an element of the KV cache."""
     engine: str
     """The engine that executes its graphs."""
+    engine_package: str
+    """The package that brings the engine."""
     engine_min_version: str
+    extra: str
+    """The extra of lorgnette that installs what lowering needs."""
+    os_floor: str
+    """The oldest systems that run what is made."""
     summary: str
+    activations: dict[Activations, Activations] = {}
+    """What it does in place of how a plan rounds activations; codes of weights stay the same."""
+    arithmetic: Literal["float32", "float16"] = "float32"
+    """What graphs compute in under every plan but fp32, which is float32 always."""
+    tile_counts: tuple[int, ...] = ()
+    """Tiles that one call of the vision encoder takes; empty for any number."""
+    not_run: str = ""
+    """Why what is made cannot be run here or anywhere like here; empty where it can."""
+
+    def adapt(self, scheme: QuantScheme) -> QuantScheme:
+        """A scheme with activations as they are treated here."""
+        return structs.replace(
+            scheme, activations=self.activations.get(scheme.activations, scheme.activations)
+        )
+
+    def adapt_plan(self, plan: QuantPlan) -> QuantPlan:
+        """A plan with activations as they are treated here: what an engine may round."""
+        rules = tuple(rule._replace(scheme=self.adapt(rule.scheme)) for rule in plan.rules)
+        return replace(plan, rules=rules)
 
     def carries(self, scheme: QuantScheme, *, gathered: bool) -> bool:
         """Whether a matrix, or a table, can be stored so."""
-        return _plain(scheme, gathered) in self._schemes(gathered)
+        return _plain(self.adapt(scheme), gathered) in self._schemes(gathered)
 
     def nearest(self, scheme: QuantScheme, *, gathered: bool) -> list[QuantScheme]:
         """The schemes most like one that cannot be carried, the likest first."""
         found = sorted(
-            self._schemes(gathered), key=lambda other: _distance(_plain(scheme, gathered), other)
+            self._schemes(gathered),
+            key=lambda other: _distance(_plain(self.adapt(scheme), gathered), other),
         )
         return found[:NEAREST]
 

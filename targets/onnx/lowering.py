@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from lorgnette.bundle import list_files
+from lorgnette.manifest import CACHE8, Manifest, TensorEntry
 from lorgnette.quantize.plan import QuantPlan
 from lorgnette.quantize.scheme import GROUP_SIZES, Activations, ScaleBits
 from lorgnette.targets.capabilities import (
@@ -22,8 +26,9 @@ from lorgnette.targets.target import LoweredComponent, Target
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+    from lorgnette.export.check import Parts
     from lorgnette.export.component import Component
-    from lorgnette.quantize.store import QuantizedSource
+    from lorgnette.quantize.store import QuantizedModel, QuantizedSource
     from lorgnette.targets.onnx.weight_file import WeightFile
 
 FLOATS = SchemeRange(bits=(16, 32))
@@ -100,7 +105,10 @@ class OnnxCpu:
         cache_style="functional",
         cache_bits=(32, 8),
         engine="onnxruntime",
+        engine_package="onnxruntime",
         engine_min_version="1.24.2",
+        extra="export",
+        os_floor="any system of onnxruntime: Android 7, iOS 13, Linux, macOS, Windows",
         summary="onnxruntime on any CPU: Linux, macOS, Windows, Android, iOS",
     )
 
@@ -126,6 +134,50 @@ class OnnxCpu:
                 )
         return problems
 
+    def missing(self) -> str:
+        """Nothing beyond what every export needs."""
+        return ""
+
+    def lower(
+        self,
+        parts: Parts,
+        quantized: QuantizedModel,
+        folder: Path,
+        progress: Callable[[str], None],
+    ) -> list[LoweredComponent]:
+        """Writes a graph a component, and one file of weights that all share."""
+        from lorgnette.export.trace import trace
+
+        lowered = []
+        with self.open(folder) as lowering:
+            for component in parts.components:
+                progress(f"lower {component.name}")
+                source = quantized.sources[component.name]
+                lowered.append(lowering.add(component, trace(component), source))
+        return lowered
+
+    def exact_twin(self, folder: Path, manifest: Manifest) -> Manifest | None:
+        """Graphs beside the bundle's own, which differ in an attribute of each multiplication."""
+        components = []
+        for entry in manifest.components:
+            graph = folder / entry.graph
+            twin = graph.with_name(f"exact_{graph.name}")
+            self.write_exact(graph, twin)
+            components.append(
+                msgspec.structs.replace(
+                    entry,
+                    graph=twin.relative_to(folder).as_posix(),
+                    cache_inputs=_in_float(entry.cache_inputs),
+                    cache_outputs=_in_float(entry.cache_outputs),
+                )
+            )
+        return msgspec.structs.replace(
+            manifest,
+            requires=tuple(name for name in manifest.requires if name != CACHE8),
+            components=tuple(components),
+            files=list_files(folder),
+        )
+
     @contextmanager
     def open(self, folder: Path) -> Iterator[OnnxLowering]:
         """Starts an export into an empty folder."""
@@ -149,6 +201,10 @@ class OnnxCpu:
         without_rounding(model)
         with_float_cache(model)
         ir.save(model, out)
+
+
+def _in_float(tensors: Sequence[TensorEntry]) -> tuple[TensorEntry, ...]:
+    return tuple(msgspec.structs.replace(entry, dtype="float32") for entry in tensors)
 
 
 TARGETS: tuple[Target, ...] = (OnnxCpu(),)
