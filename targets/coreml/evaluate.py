@@ -1,0 +1,259 @@
+"""Runs the functions of a saved package with torch, so that what was written is checked off a Mac.
+
+This emulates Core ML: its own kernels are not to be had on Linux. What is emulated is what the
+program says, operator by operator: every result whose type is float16 is rounded to float16, sums
+within an operator are taken in float32. An engine may sum in another order or keep more digits
+between operators, and the Neural Engine may sum in float16; so results of a device differ from
+these in the last digits of float16.
+
+In `exact` mode nothing is rounded: floats are float32 throughout, weights as they are stored. What
+rounding would hide, it shows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lorgnette.errors import BundleError
+from lorgnette.targets.coreml.call import Call, Kernel, Operand, to_tensor
+from lorgnette.targets.coreml.kernels import KERNELS
+from lorgnette.targets.coreml.kernels_moves import MOVES
+from lorgnette.targets.coreml.package import Constant, FunctionCode, Operation, Package
+
+Array = NDArray[np.generic]
+State = dict[str, Tensor]
+
+KEPT_BYTES = 2 << 30
+"""Weights that are kept as float32 once they were expanded; those beyond are expanded each time."""
+MAX_STATE_ELEMENTS = 1 << 31
+_FAILURES = (RuntimeError, ValueError, TypeError, LookupError, OverflowError)
+"""What torch raises of operands that do not fit one another."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """An operator of a function, made ready to run."""
+
+    operation: Operation
+    kernel: Kernel
+    moves: bool
+    done_with: tuple[str, ...]
+    """Values that nothing reads after it."""
+    in_place: bool
+
+
+class Evaluator:
+    """A package and what is kept of it between runs."""
+
+    def __init__(self, package: Package, *, exact: bool = False) -> None:
+        """Prepares every function.
+
+        Args:
+            package: As read.
+            exact: Whether nothing is rounded to float16.
+
+        Raises:
+            BundleError: An operator is not known here.
+        """
+        self.package = package
+        self._exact = exact
+        self._steps = {name: _prepare(code) for name, code in package.functions.items()}
+        self._kept: dict[object, Operand] = {}
+        self._kept_bytes = 0
+
+    def new_state(self, function: str) -> State:
+        """The states of a function, all zeros.
+
+        Raises:
+            BundleError: They are too large.
+        """
+        types = self.package.functions[function].states
+        if sum(int(np.prod(t.shape)) for t in types.values()) > MAX_STATE_ELEMENTS:
+            raise BundleError("states are too large", where=self.package.path)
+        return {name: torch.zeros(type_.shape) for name, type_ in types.items()}
+
+    @torch.inference_mode()
+    def run(
+        self, function: str, inputs: Mapping[str, Array], state: State | None = None
+    ) -> dict[str, Array]:
+        """Runs a function; float results come as float32.
+
+        Args:
+            function: Its name.
+            inputs: What it takes.
+            state: What it reads and writes, as `new_state` made it.
+
+        Raises:
+            BundleError: An input is not what the function takes, or the program contradicts itself.
+        """
+        code = self.package.functions[function]
+        values: dict[str, Operand] = {}
+        for name, type_ in code.inputs.items():
+            array = np.ascontiguousarray(inputs[name])
+            if array.shape != type_.shape:
+                raise BundleError(f"input '{name}' does not fit", got=array.shape, wanted=type_)
+            values[name] = self._rounded(to_tensor(Constant(type_, array), array), type_.dtype)
+        states = {} if state is None else state
+        values |= {name: name for name in code.states}
+        for step in self._steps[function]:
+            self._run_step(step, values, states)
+        return {name: _numpy(values[name]) for name in code.outputs}
+
+    def _run_step(self, step: Step, values: dict[str, Operand], states: State) -> None:
+        operation = step.operation
+        key = _weights_of(operation)
+        if key is not None and key in self._kept:
+            results: Sequence[Operand] = (self._kept[key],)
+        else:
+            results = self._compute(step, values, states)
+            if key is not None:
+                self._keep(key, results[0])
+        for (name, _), value in zip(operation.outputs, results, strict=True):
+            values[name] = value
+        for name in step.done_with:
+            del values[name]
+
+    def _compute(
+        self, step: Step, values: Mapping[str, Operand], states: State
+    ) -> Sequence[Operand]:
+        operation = step.operation
+        operands = {
+            name: [self._operand(each, values) for each in given]
+            for name, given in operation.inputs.items()
+        }
+        if operation.type == "const":
+            return operands["val"]
+        call = Call(operation, operands, states, step.in_place)
+        try:
+            made = step.kernel(call)
+        except _FAILURES as error:
+            raise call.error("operator cannot be run", got=str(error).splitlines()[0]) from error
+        results = (made,) if isinstance(made, Tensor) else tuple(made)
+        if [tuple(r.shape) for r in results] != [t.shape for _, t in operation.outputs]:
+            raise call.error(
+                "result is of another shape",
+                got=[tuple(r.shape) for r in results],
+                wanted=[t.shape for _, t in operation.outputs],
+            )
+        if step.moves:
+            return results
+        types = (type_.dtype for _, type_ in operation.outputs)
+        return [self._rounded(r, dtype) for r, dtype in zip(results, types, strict=True)]
+
+    def _operand(self, given: str | Constant, values: Mapping[str, Operand]) -> Operand:
+        if isinstance(given, str):
+            return values[given]
+        if isinstance(given.value, str):
+            return given.value
+        return to_tensor(given, np.array(self.package.array(given)))
+
+    def _rounded(self, value: Operand, dtype: str) -> Operand:
+        if self._exact or dtype != "float16" or isinstance(value, str):
+            return value
+        return value.half().float()
+
+    def _keep(self, key: object, value: Operand) -> None:
+        size = value.nbytes if isinstance(value, Tensor) else 0
+        if self._kept_bytes + size <= KEPT_BYTES:
+            self._kept[key] = value
+            self._kept_bytes += size
+
+
+def unknown_operators(package: Package) -> list[str]:
+    """Operators of a package that the evaluator lacks."""
+    known = {"const", *KERNELS, *MOVES}
+    used = {step.type for code in package.functions.values() for step in code.operations}
+    return sorted(used - known)
+
+
+def _prepare(code: FunctionCode) -> tuple[Step, ...]:
+    uses: Counter[str] = Counter(list(code.outputs))
+    last: dict[str, int] = {}
+    for index, operation in enumerate(code.operations):
+        for name in _names(operation):
+            uses[name] += 1
+            last[name] = index
+        for name, _ in operation.outputs:
+            last.setdefault(name, index)
+    ends: dict[int, list[str]] = {}
+    for name, index in last.items():
+        if name not in code.outputs and name not in code.states:
+            ends.setdefault(index, []).append(name)
+    fresh = _fresh_states(code, uses)
+    steps = []
+    for index, operation in enumerate(code.operations):
+        moves = operation.type in MOVES
+        kernel = MOVES.get(operation.type) or KERNELS.get(operation.type)
+        if kernel is None and operation.type != "const":
+            raise BundleError(
+                "operator is not known to the evaluator",
+                where=f"function '{code.name}'",
+                got=operation.type,
+            )
+        done = tuple(ends.get(index, ()))
+        steps.append(Step(operation, kernel or _no_kernel, moves, done, operation in fresh))
+    return tuple(steps)
+
+
+def _no_kernel(call: Call) -> Tensor:
+    raise call.error("a constant is not computed")
+
+
+class _Identities(set[int]):
+    """Operations by identity, as two may be equal."""
+
+    def __contains__(self, each: object) -> bool:
+        return super().__contains__(id(each))
+
+
+def _fresh_states(code: FunctionCode, uses: Mapping[str, int]) -> _Identities:
+    """Updates of a state that may write into it: what they read is read by nothing else.
+
+    The pattern is `x = read_state(s); y = slice_update(x, ...); write_state(s, y)` with x used
+    once and y not before the writing.
+    """
+    read: dict[str, str] = {}
+    found = _Identities()
+    for operation, following in zip(code.operations, code.operations[1:], strict=False):
+        if operation.type == "read_state":
+            read[operation.outputs[0][0]] = str(operation.inputs["input"][0])
+        if operation.type != "slice_update" or following.type != "write_state":
+            continue
+        source, made = str(operation.inputs["x"][0]), operation.outputs[0][0]
+        same = read.get(source) == following.inputs["input"][0]
+        if same and uses[source] == 1 and following.inputs["data"][0] == made:
+            found.add(id(operation))
+    return found
+
+
+def _names(operation: Operation) -> list[str]:
+    return [each for given in operation.inputs.values() for each in given if isinstance(each, str)]
+
+
+def _weights_of(operation: Operation) -> object | None:
+    """What a constant or an expansion of constants is made of; None of anything else.
+
+    Equal keys mean the same weights, in whatever function they stand.
+    """
+    if operation.type != "const" and not operation.type.startswith("constexpr_"):
+        return None
+    given = [
+        (name, each.offset if each.offset is not None else str(each.value), each.type)
+        for name, several in sorted(operation.inputs.items())
+        for each in several
+        if isinstance(each, Constant)
+    ]
+    return None if len(given) != len(operation.inputs) else (operation.type, *given)
+
+
+def _numpy(value: Operand) -> Array:
+    if isinstance(value, str):
+        raise BundleError("function gives a word", got=value)
+    return value.contiguous().numpy()
