@@ -85,8 +85,16 @@ class BlobFile:
             codes = (codes.astype(np.int8) ^ np.int8(half)) - np.int8(half)
         return codes.reshape(shape)
 
-    def _find(self, offset: int, dtype: str, count: int) -> tuple[int, int]:
-        kind = TYPES[dtype]
+    def size(self, offset: int) -> int:
+        """Bytes of the array whose record stands at an offset.
+
+        Raises:
+            BundleError: There is none.
+        """
+        return self._record(offset)[1]
+
+    def _record(self, offset: int) -> tuple[int, int, int]:
+        """Type, bytes and place of an array."""
         end = self._bytes.size
         if offset % RECORD_BYTES or not HEAD_BYTES <= offset <= end - RECORD_BYTES:
             raise BundleError("a weight lies outside its file", where=self.path, got=offset)
@@ -94,16 +102,21 @@ class BlobFile:
         where = f"{self.path} at {offset}"
         if sentinel != SENTINEL:
             raise BundleError("a weight has no record", where=where, got=hex(sentinel))
+        if start % RECORD_BYTES or not offset < start <= end - size:
+            raise BundleError("a weight lies outside its file", where=where, got=start)
+        return code, size, start
+
+    def _find(self, offset: int, dtype: str, count: int) -> tuple[int, int]:
+        kind = TYPES[dtype]
+        code, size, start = self._record(offset)
         wanted = -(-count * kind.bits // 8)
         if (code, size) != (kind.code, wanted):
             raise BundleError(
                 "a weight is not of the size or type that the program says",
-                where=where,
+                where=f"{self.path} at {offset}",
                 got=f"{size} bytes of type {code}",
                 wanted=f"{wanted} bytes of {dtype}",
             )
-        if start % RECORD_BYTES or not offset < start <= end - size:
-            raise BundleError("a weight lies outside its file", where=where, got=start)
         return start, size
 
 

@@ -11,6 +11,9 @@ from lorgnette.errors import ConfigError
 from lorgnette.targets.coreml.builder import FunctionBuilder, Known, Translation, graph_value
 from lorgnette.targets.coreml.mil import Builder, Var
 
+QUICK_GELU = 1.702
+"""The slope of MIL's gelu by sigmoid."""
+
 
 def unary(operator: Callable[..., Var]) -> Translation:
     """An operator of one operand."""
@@ -38,6 +41,30 @@ def gelu(builder: FunctionBuilder, node: torch.fx.Node, known: Known) -> Var:
     approximate = cast("str", node.kwargs.get("approximate", "none"))
     mode = {"none": "EXACT", "tanh": "TANH_APPROXIMATION"}[approximate]
     return Builder.gelu(x=graph_value(builder, known, node.args[0]), mode=mode)
+
+
+def multiply(builder: FunctionBuilder, node: torch.fx.Node, known: Known) -> Var:
+    """A product; `x * sigmoid(1.702 * x)` becomes the one operator that it is.
+
+    What is joined stays behind without a use and is removed when the function is finished.
+    """
+    x = _quick_gelu_of(node)
+    if x is None:
+        return binary(Builder.mul)(builder, node, known)  # type: ignore[return-value]
+    return Builder.gelu(x=graph_value(builder, known, x), mode="SIGMOID_APPROXIMATION")
+
+
+def _quick_gelu_of(node: torch.fx.Node) -> torch.fx.Node | None:
+    """What a product is the quick GELU of; None where it is something else."""
+    x, gate = node.args[:2]
+    if not isinstance(x, torch.fx.Node) or not isinstance(gate, torch.fx.Node):
+        return None
+    if str(gate.target) != "aten.sigmoid.default":
+        return None
+    scaled = gate.args[0]
+    if not isinstance(scaled, torch.fx.Node) or str(scaled.target) != "aten.mul.Tensor":
+        return None
+    return x if scaled.args == (x, QUICK_GELU) else None
 
 
 def hardsigmoid(builder: FunctionBuilder, node: torch.fx.Node, known: Known) -> Var:

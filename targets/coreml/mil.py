@@ -15,6 +15,7 @@ try:
         import coremltools
         from coremltools.converters.mil.backend.mil.load import BlobWriter, MILProtoExporter
         from coremltools.converters.mil.mil import Builder, Function, Program, Var, types
+        from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
         from coremltools.proto import FeatureTypes_pb2, Model_pb2
 except ImportError as error:
     raise MissingExtraError(
@@ -31,6 +32,7 @@ SPECIFICATION_VERSION = 9
 
 __all__ = [
     "IOS18",
+    "PASS_REGISTRY",
     "SPECIFICATION_VERSION",
     "BlobWriter",
     "Builder",

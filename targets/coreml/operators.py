@@ -81,7 +81,7 @@ TRANSLATIONS: dict[str, Translation] = {
     "aten.hardswish.default": elementwise.hardswish,
     "aten.add.Tensor": elementwise.binary(Builder.add),
     "aten.sub.Tensor": elementwise.binary(Builder.sub),
-    "aten.mul.Tensor": elementwise.binary(Builder.mul),
+    "aten.mul.Tensor": elementwise.multiply,
     "aten.div.Tensor": elementwise.binary(Builder.real_div),
     "aten.reshape.default": rearrange.reshape,
     "aten.view.default": rearrange.reshape,

@@ -1,7 +1,7 @@
 """From a program to a package on disk.
 
-coremltools' exporter writes the program, its passes are not run: what they would do is done by the
-translations or not wanted. The manifest is written here, because coremltools draws its identifiers
+coremltools' exporter writes the program. Of its passes only the one that removes unused operators
+is run: what the others would do is done by the translations or not wanted. The manifest is written here, because coremltools draws its identifiers
 at random and the same export must give the same bytes.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lorgnette.targets.coreml.mil import (
+    PASS_REGISTRY,
     SPECIFICATION_VERSION,
     FeatureTypes_pb2,
     Function,
@@ -103,10 +104,12 @@ def save_package(
     program.export_as_multifunction = len(functions) > 1
     for name, function in functions.items():
         program.add_function(name, function)
+    PASS_REGISTRY["common::dead_code_elimination"](program)
     data = folder / "Data" / AUTHOR
     (data / "weights").mkdir(parents=True)
     exporter = _Exporter(program, str(data / "weights"), SPECIFICATION_VERSION)
     exporter.store = store
+    exporter.get_blob_writer(str(data / "weights" / "weight.bin"))  # there even if it stays empty
     model = Model_pb2.Model(specificationVersion=SPECIFICATION_VERSION)
     model.mlProgram.CopyFrom(exporter.export())
     _describe(model.description, functions)
