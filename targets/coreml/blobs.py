@@ -61,7 +61,7 @@ class BlobFile:
         self._bytes = _map(path)
         if self._bytes.size < HEAD_BYTES:
             raise BundleError("file of weights is cut off", where=path, got=self._bytes.size)
-        version = struct.unpack_from("<II", self._bytes)[1]
+        version = struct.unpack_from("<II", self._bytes.data)[1]
         if version != VERSION:
             raise BundleError(
                 "file of weights is of another version", where=path, got=version, wanted=VERSION
@@ -80,10 +80,10 @@ class BlobFile:
         if kind.bits >= 8:
             return raw.view(kind.dtype).reshape(shape)
         codes = unpack(raw, kind.bits, count)
-        if kind.signed:
-            half = 1 << (kind.bits - 1)
-            codes = (codes.astype(np.int8) ^ np.int8(half)) - np.int8(half)
-        return codes.reshape(shape)
+        if not kind.signed:
+            return codes.reshape(shape)
+        half = np.int8(1 << (kind.bits - 1))
+        return ((codes.astype(np.int8) ^ half) - half).reshape(shape)
 
     def size(self, offset: int) -> int:
         """Bytes of the array whose record stands at an offset.
@@ -98,7 +98,7 @@ class BlobFile:
         end = self._bytes.size
         if offset % RECORD_BYTES or not HEAD_BYTES <= offset <= end - RECORD_BYTES:
             raise BundleError("a weight lies outside its file", where=self.path, got=offset)
-        sentinel, code, size, start, _ = _RECORD.unpack_from(self._bytes, offset)
+        sentinel, code, size, start, _ = _RECORD.unpack_from(self._bytes.data, offset)
         where = f"{self.path} at {offset}"
         if sentinel != SENTINEL:
             raise BundleError("a weight has no record", where=where, got=hex(sentinel))

@@ -79,7 +79,8 @@ def build_package(
     """
     store = WeightStore()
     functions: dict[str, Function] = {}
-    made, kept = [], {}
+    made: list[Made] = []
+    kept: dict[str, str] = {}
     for name, entry_point, rows in _functions(component):
         plan = Plan(name, rows, capacity_for(context_length), half)
         function, builder = _build_function(component, source, store, plan)

@@ -159,7 +159,9 @@ class FunctionBuilder:
             self.dtype,
             self.dtype,
             shape,
-            lambda: to_float(self.source.tensor(parameter).numpy(), self.dtype, self.where(parameter)),
+            lambda: to_float(
+                self.source.tensor(parameter).numpy(), self.dtype, self.where(parameter)
+            ),
             self.dtype,
         )
 

@@ -50,7 +50,7 @@ def multiply(builder: FunctionBuilder, node: torch.fx.Node, known: Known) -> Var
     """
     x = _quick_gelu_of(node)
     if x is None:
-        return binary(Builder.mul)(builder, node, known)  # type: ignore[return-value]
+        return binary(Builder.mul)(builder, node, known)
     return Builder.gelu(x=graph_value(builder, known, x), mode="SIGMOID_APPROXIMATION")
 
 

@@ -33,7 +33,7 @@ State = dict[str, Tensor]
 KEPT_BYTES = 2 << 30
 """Weights that are kept as float32 once they were expanded; those beyond are expanded each time."""
 MAX_STATE_ELEMENTS = 1 << 31
-_FAILURES = (RuntimeError, ValueError, TypeError, LookupError, OverflowError)
+_FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError)
 """What torch raises of operands that do not fit one another."""
 
 
@@ -198,7 +198,7 @@ def _prepare(code: FunctionCode) -> tuple[Step, ...]:
                 got=operation.type,
             )
         done = tuple(ends.get(index, ()))
-        steps.append(Step(operation, kernel or _no_kernel, moves, done, operation in fresh))
+        steps.append(Step(operation, kernel or _no_kernel, moves, done, index in fresh))
     return tuple(steps)
 
 
@@ -206,31 +206,38 @@ def _no_kernel(call: Call) -> Tensor:
     raise call.error("a constant is not computed")
 
 
-class _Identities(set[int]):
-    """Operations by identity, as two may be equal."""
-
-    def __contains__(self, each: object) -> bool:
-        return super().__contains__(id(each))
-
-
-def _fresh_states(code: FunctionCode, uses: Mapping[str, int]) -> _Identities:
+def _fresh_states(code: FunctionCode, uses: Mapping[str, int]) -> set[int]:
     """Updates of a state that may write into it: what they read is read by nothing else.
+
+    They are told by their place among the operations.
 
     The pattern is `x = read_state(s); y = slice_update(x, ...); write_state(s, y)` with x used
     once and y not before the writing.
     """
-    read: dict[str, str] = {}
-    found = _Identities()
-    for operation, following in zip(code.operations, code.operations[1:], strict=False):
+    read: dict[str | None, str | None] = {}
+    found: set[int] = set()
+    for index, operation in enumerate(code.operations[:-1]):
+        following = code.operations[index + 1]
         if operation.type == "read_state":
-            read[operation.outputs[0][0]] = str(operation.inputs["input"][0])
+            read[_made_by(operation)] = _given(operation, "input")
         if operation.type != "slice_update" or following.type != "write_state":
             continue
-        source, made = str(operation.inputs["x"][0]), operation.outputs[0][0]
-        same = read.get(source) == following.inputs["input"][0]
-        if same and uses[source] == 1 and following.inputs["data"][0] == made:
-            found.add(id(operation))
+        source = _given(operation, "x")
+        same = source in read and read[source] == _given(following, "input")
+        if same and uses[str(source)] == 1 and _given(following, "data") == _made_by(operation):
+            found.add(index)
     return found
+
+
+def _given(operation: Operation, name: str) -> str | None:
+    """The name of the one value of a parameter; None where it is something else."""
+    given = operation.inputs.get(name, ())
+    return given[0] if len(given) == 1 and isinstance(given[0], str) else None
+
+
+def _made_by(operation: Operation) -> str | None:
+    """The name of the one result of an operator; None where there are others."""
+    return operation.outputs[0][0] if len(operation.outputs) == 1 else None
 
 
 def _names(operation: Operation) -> list[str]:

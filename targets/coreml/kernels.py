@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -31,7 +32,7 @@ def binary(compute: Callable[[Tensor, Tensor], Tensor]) -> Kernel:
 
     def run(call: Call) -> Tensor:
         x, y = call.tensor("x"), call.tensor("y")
-        call.expect(torch.broadcast_shapes(x.shape, y.shape))
+        call.expect(np.broadcast_shapes(x.shape, y.shape))
         return compute(x, y)
 
     return run
@@ -134,7 +135,9 @@ def blockwise(call: Call) -> Tensor:
     """`scale * (data - offset)`, a scale and an offset for each block of the data."""
     data, scale = call.tensor("data"), call.tensor("scale")
     call.expect(data.shape)
-    if data.dim() != scale.dim() or any(d % s for d, s in zip(data.shape, scale.shape, strict=True)):
+    if data.dim() != scale.dim() or any(
+        d % s for d, s in zip(data.shape, scale.shape, strict=True)
+    ):
         raise call.error("blocks do not fit", got=tuple(scale.shape), wanted=tuple(data.shape))
     pairs = list(zip(data.shape, scale.shape, strict=True))
     split = [size for whole, count in pairs for size in (count, whole // count)]

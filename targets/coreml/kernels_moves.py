@@ -66,9 +66,9 @@ def split(call: Call) -> Sequence[Tensor]:
     """Parts of an axis."""
     x, axis = call.tensor("x"), call.integer("axis")
     if call.has("split_sizes"):
-        return x.split(call.ints("split_sizes"), axis)
+        return torch.split(x, call.ints("split_sizes"), axis)
     count = call.integer("num_splits")
-    return x.split(x.shape[axis] // count, axis)
+    return torch.split(x, x.shape[axis] // count, axis)
 
 
 def pad(call: Call) -> Tensor:

@@ -82,7 +82,7 @@ def layout(_: Package, code: FunctionCode) -> Iterator[Finding]:
 def narrow_rows(_: Package, code: FunctionCode) -> Iterator[Finding]:
     """Last axes are filled up to 64 bytes."""
     narrow: Counter[int] = Counter()
-    for _, type_ in _computed(code):
+    for _name, type_ in _computed(code):
         size = _BYTES.get(type_.dtype, 0) * (type_.shape[-1] if type_.shape else 0)
         if len(type_.shape) > 1 and size % ROW_BYTES:
             narrow[type_.shape[-1]] += 1

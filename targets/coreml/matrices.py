@@ -22,7 +22,6 @@ from lorgnette.targets.coreml.mil import Builder, Var
 from lorgnette.targets.coreml.rearrange import pad_zeros, to_arithmetic
 
 
-
 def linear(builder: FunctionBuilder, node: torch.fx.Node, known: Known) -> Var:
     """`x @ weight.T + bias`, the weight expanded from its codes where it is of integers.
 
@@ -39,9 +38,7 @@ def linear(builder: FunctionBuilder, node: torch.fx.Node, known: Known) -> Var:
         if missing:
             x = pad_zeros(builder, x, [0, missing])
     bias = node.args[2] if len(node.args) > 2 else None
-    added = (
-        builder.zeros(weight.shape[0]) if bias is None else graph_value(builder, known, bias)
-    )
+    added = builder.zeros(weight.shape[0]) if bias is None else graph_value(builder, known, bias)
     return Builder.linear(x=x, weight=weight, bias=added)
 
 
@@ -85,19 +82,20 @@ def integer_matrix(builder: FunctionBuilder, name: str, scheme: QuantScheme) -> 
             "zeros",
             dtype,
             zeros_shape,
-            lambda: _first(builder.source.codes(name).zero_points, zeros_shape),
+            lambda: builder.source.codes(name).zero_points[: zeros_shape[0], : zeros_shape[1]],
             form,
         )
     return Builder.constexpr_blockwise_shift_scale(**parts, name=mil_name(name))
 
 
-def scales(
-    builder: FunctionBuilder, name: str, scheme: QuantScheme, shape: tuple[int, ...]
-) -> Var:
-    """Scales of a matrix, in the type that the function computes in."""
+def scales(builder: FunctionBuilder, name: str, scheme: QuantScheme, shape: tuple[int, ...]) -> Var:
+    """Scales of a matrix, in the type that the function computes in.
+
+    Of schemes for the whole matrix every row says the same, and one number is stored.
+    """
 
     def make() -> NDArray[np.generic]:
-        exact = _first(builder.source.codes(name).scales, shape)
+        exact = builder.source.codes(name).scales[: shape[0], : shape[1]]
         if not builder.plan.half:
             return exact
         rounded = half_scales(exact)
@@ -105,12 +103,9 @@ def scales(
             note(builder, name, f"scales of {scheme.form} rounded to float16")
         return rounded
 
-    return builder.constant(name, f"scales_{builder.dtype}", builder.dtype, shape, make, scheme.form)
-
-
-def _first(array: NDArray[np.generic], shape: tuple[int, ...]) -> NDArray[np.generic]:
-    """The corner of an array: of schemes for the whole matrix every row says the same."""
-    return array[: shape[0], : shape[1]]
+    return builder.constant(
+        name, f"scales_{builder.dtype}", builder.dtype, shape, make, scheme.form
+    )
 
 
 def _palette(builder: FunctionBuilder, name: str, scheme: QuantScheme) -> Var:
@@ -177,9 +172,7 @@ def _gather(table: Var, ids: Var) -> Var:
     return Builder.gather(x=table, indices=ids, axis=0, validate_indices=False)
 
 
-def _gathered_codes(
-    builder: FunctionBuilder, name: str, ids: Var, shape: tuple[int, int]
-) -> Var:
+def _gathered_codes(builder: FunctionBuilder, name: str, ids: Var, shape: tuple[int, int]) -> Var:
     """Codes of some rows as numbers 0 to 2 ** bits - 1. Shapes: `[1, T, columns]`."""
     rows, columns = shape
     scheme = builder.scheme(name)

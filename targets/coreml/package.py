@@ -15,7 +15,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,10 @@ _DTYPES = {
     38: "uint6",
 }
 """DataType of MIL.proto, those that are used here."""
+
+
+Message: TypeAlias = Any
+"""A message of protobuf: the package ships no types."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ def _check_manifest(path: Path) -> None:
         raise BundleError("a package's manifest names other files", where=file, got=paths)
 
 
-def _parse(file: Path) -> Any:
+def _parse(file: Path) -> Message:
     if file.is_symlink() or not file.is_file():
         raise BundleError("a package has no model", where=file)
     if file.stat().st_size > MAX_MODEL_BYTES:
@@ -156,8 +160,8 @@ def _parse(file: Path) -> Any:
     return model
 
 
-def _messages() -> Any:
-    """coremltools' messages, without the rest of it, which takes ten seconds to import."""
+def _messages() -> Message:
+    """The messages of coremltools, without the rest of it, which takes ten seconds to import."""
     name = "_lorgnette_coreml_messages"
     if name not in sys.modules:
         found = importlib.util.find_spec("coremltools")
@@ -179,12 +183,14 @@ class _Reader:
         self.where = f"{path.name}, function '{name[:80]}'"
         self.name = name
 
-    def read(self, function: Any) -> FunctionCode:
+    def read(self, function: Message) -> FunctionCode:
         """The function."""
         if function.opset != OPSET or list(function.block_specializations) != [OPSET]:
             raise self.error("function is of another opset", got=function.opset, wanted=OPSET)
         block = function.block_specializations[OPSET]
-        inputs, states, known = {}, {}, {}
+        inputs: dict[str, ValueType] = {}
+        states: dict[str, ValueType] = {}
+        known: dict[str, ValueType] = {}
         for each in function.inputs:
             is_state = each.type.WhichOneof("type") == "stateType"
             type_ = each.type.stateType.wrappedType if is_state else each.type
@@ -201,7 +207,7 @@ class _Reader:
         outputs = {name: known[name] for name in block.outputs}
         return FunctionCode(self.name, inputs, states, tuple(operations), outputs)
 
-    def operation(self, each: Any) -> Operation:
+    def operation(self, each: Message) -> Operation:
         """One operator; a constant's value becomes its only input."""
         if each.blocks:
             raise self.error("operator holds a block", got=each.type)
@@ -224,13 +230,13 @@ class _Reader:
             if name in known:
                 raise self.error("a name is given twice", got=name)
 
-    def binding(self, binding: Any) -> str | Constant:
+    def binding(self, binding: Message) -> str | Constant:
         """A name or a constant."""
         if binding.WhichOneof("binding") == "name":
             return str(binding.name)
         return self.constant(binding.value)
 
-    def constant(self, value: Any) -> Constant:
+    def constant(self, value: Message) -> Constant:
         """A constant; arrays of the file of weights stay there."""
         type_ = self.value_type(value.type)
         if value.WhichOneof("value") == "blobFileValue":
@@ -242,7 +248,7 @@ class _Reader:
             return Constant(type_, None, int(blob.offset))
         return Constant(type_, self.immediate(value.immediateValue.tensor, type_))
 
-    def immediate(self, tensor: Any, type_: ValueType) -> NDArray[np.generic] | str:
+    def immediate(self, tensor: Message, type_: ValueType) -> NDArray[np.generic] | str:
         """Numbers that stand in the program itself."""
         kind, count = type_.dtype, math.prod(type_.shape)
         if kind == "string":
@@ -260,7 +266,7 @@ class _Reader:
             raise self.error("a constant is of another size", got=found.size, wanted=count)
         return found.reshape(type_.shape)
 
-    def value_type(self, value: Any) -> ValueType:
+    def value_type(self, value: Message) -> ValueType:
         """What a value is: a tensor whose every size is known."""
         if value.WhichOneof("type") != "tensorType":
             raise self.error("value is no tensor", got=value.WhichOneof("type"))

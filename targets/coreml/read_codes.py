@@ -62,7 +62,8 @@ def _multiplied(
     if operation.type == "constexpr_lut_to_dense":
         indices = _constant(operation, "indices")
         bits = int(indices.type.dtype.removeprefix("uint"))
-        codes, scales = package.array(indices), np.ones((rows, 1), np.float32)
+        codes: Array = package.array(indices)
+        scales: Array = np.ones((rows, 1), np.float32)
     else:
         data, scale = _constant(operation, "data"), _constant(operation, "scale")
         bits = int(data.type.dtype.removeprefix("u").removeprefix("int"))

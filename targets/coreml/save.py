@@ -1,8 +1,9 @@
 """From a program to a package on disk.
 
 coremltools' exporter writes the program. Of its passes only the one that removes unused operators
-is run: what the others would do is done by the translations or not wanted. The manifest is written here, because coremltools draws its identifiers
-at random and the same export must give the same bytes.
+is run: what the others would do is done by the translations or not wanted. The manifest is written
+here, because coremltools draws its identifiers at random and the same export must give the same
+bytes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -47,18 +48,22 @@ _SMALL = ("int4", "uint4", "uint6")
 _TYPE_NAMES = {"fp16": "float16", "fp32": "float32"}
 
 
+Message: TypeAlias = Any
+"""A message of protobuf, or a type of coremltools: neither package ships types."""
+
+
 class _Exporter(MILProtoExporter):  # type: ignore[misc]
     """coremltools' exporter, which here asks the store for the numbers of a weight."""
 
     store: WeightStore
 
-    def get_milproto_value(self, var: Var) -> Any:
+    def get_milproto_value(self, var: Var) -> Message:
         """An array in the program or in the file: numbers of less than a byte always there."""
         if types.builtin_to_string(var.dtype) in _SMALL:
             return self.create_file_value(var)
         return super().get_milproto_value(var)
 
-    def create_file_value(self, var: Var) -> Any:
+    def create_file_value(self, var: Var) -> Message:
         """Writes an array to the file of weights unless it is there, and refers to it."""
         key = var.op.weight_id or f"{var.op.enclosing_block.name}/{var.name}"
         if key not in self.weight_id_to_file_value:
@@ -69,7 +74,7 @@ class _Exporter(MILProtoExporter):  # type: ignore[misc]
             raise AssertionError(f"{key} has the shapes {shape} and {var.shape}")
         return found
 
-    def _write(self, var: Var) -> Any:
+    def _write(self, var: Var) -> Message:
         name = types.builtin_to_string(var.dtype)
         name = _TYPE_NAMES.get(name, name)
         made = self.store.numbers(var.op.weight_id) if var.op.weight_id else None
@@ -118,7 +123,7 @@ def save_package(
     return _count(model)
 
 
-def _describe(description: Any, functions: dict[str, Function]) -> None:
+def _describe(description: Message, functions: dict[str, Function]) -> None:
     """What a caller must pass; coremltools has one form for one function, another for several."""
     if len(functions) == 1:
         _describe_function(description, next(iter(functions.values())))
@@ -128,7 +133,7 @@ def _describe(description: Any, functions: dict[str, Function]) -> None:
         _describe_function(description.functions.add(name=name), function)
 
 
-def _describe_function(description: Any, function: Function) -> None:
+def _describe_function(description: Message, function: Function) -> None:
     for name, var in function.inputs.items():
         if types.is_state(var.sym_type):
             array = description.state.add(name=name).type.stateType.arrayType
@@ -139,7 +144,7 @@ def _describe_function(description: Any, function: Function) -> None:
         _describe_array(description.output.add(name=var.name).type.multiArrayType, var.sym_type)
 
 
-def _describe_array(array: Any, type_: Any) -> None:
+def _describe_array(array: Message, type_: Message) -> None:
     name = types.builtin_to_string(type_.get_primitive())
     kind = _TYPE_NAMES.get(name, name).upper()
     array.dataType = FeatureTypes_pb2.ArrayFeatureType.ArrayDataType.Value(kind)
@@ -166,7 +171,7 @@ def _write_manifest(folder: Path) -> None:
     (folder / "Manifest.json").write_text(json.dumps(manifest, indent=4) + "\n")
 
 
-def _count(model: Any) -> dict[str, int]:
+def _count(model: Message) -> dict[str, int]:
     found: dict[str, int] = {}
     for operation in _operations(model):
         if operation.type != "const":
@@ -174,9 +179,7 @@ def _count(model: Any) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def _operations(model: Any) -> Iterable[Any]:
+def _operations(model: Message) -> Iterable[Message]:
     for function in model.mlProgram.functions.values():
         for block in function.block_specializations.values():
             yield from block.operations
-
-

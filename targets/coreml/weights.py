@@ -1,4 +1,4 @@
-"""The weights of one package: placeholders in its functions, their numbers written when it is saved.
+"""The weights of one package: placeholders in its functions, numbers written when it is saved.
 
 A constant of a function is a zero repeated without memory, under a key. Equal keys mean equal
 numbers, so that functions share what they have in common; what a key stands for is made only while

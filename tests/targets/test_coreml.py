@@ -50,7 +50,7 @@ PAIRS = [
 ]
 TIGHT = {"fp32": 2e-5}
 HALF_TIGHT = 2e-4
-"""Constants of a program are float16, too: the slope of a hard sigmoid, 1 / 6, is off by as much."""
+"""Constants of a program are float16, too: a hard sigmoid's slope, 1 / 6, is off by as much."""
 ROUNDED = 1e-2
 """What rounding every result to float16 may cost; it is about a tenth of that."""
 
@@ -201,5 +201,3 @@ def test_capacity_holds_the_context_and_a_filled_call() -> None:
         # The last call that can be begins at the last position and is filled up behind it.
         assert capacity >= context - 1 + CHUNK
         assert capacity < context + CHUNK + 32
-
-

@@ -242,9 +242,7 @@ def test_split_in_equal_parts_and_in_others(tmp_path: Path) -> None:
     one, two = run(tmp_path, lambda x: Builder.split(x=x, num_splits=2, axis=2), {"x": X})
     assert np.array_equal(one, X[..., :2])
     assert np.array_equal(two, X[..., 2:])
-    parts = run(
-        tmp_path / "b", lambda x: Builder.split(x=x, split_sizes=[1, 3], axis=-1), {"x": X}
-    )
+    parts = run(tmp_path / "b", lambda x: Builder.split(x=x, split_sizes=[1, 3], axis=-1), {"x": X})
     assert [part.shape[-1] for part in parts] == [1, 3]
 
 

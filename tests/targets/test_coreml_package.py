@@ -1,4 +1,4 @@
-"""What lies on disk: codes, shared weights, the same bytes each time, and what coremltools reads."""
+"""What lies on disk: codes, shared weights, equal bytes each time, what coremltools reads."""
 
 from __future__ import annotations
 

@@ -116,15 +116,18 @@ class CoreMlDecoderState:
             part = embeddings[start : start + self._rows]
             filled = np.zeros((self._rows, part.shape[1]), np.float32)
             filled[: len(part)] = part
-            last = {"last_row": np.array([len(part) - 1], np.int32)}
+            last: dict[str, NDArray[np.generic]] = {"last_row": np.array([len(part) - 1], np.int32)}
             logits = self._call("prefill", filled, past_length + start, last)
         return logits
 
     def _call(
-        self, function: str, embeddings: Float, past: int, more: dict[str, NDArray[np.int32]]
+        self, function: str, embeddings: Float, past: int, more: dict[str, NDArray[np.generic]]
     ) -> Float:
-        inputs = {"embeddings": embeddings[None], "past_length": np.array([past], np.int32)}
-        found = self._decoder.run(function, inputs | more | self._passed, self._states)
+        inputs: dict[str, NDArray[np.generic]] = {
+            "embeddings": embeddings[None],
+            "past_length": np.array([past], np.int32),
+        }
+        found = self._decoder.run(function, {**inputs, **more, **self._passed}, self._states)
         logits: Float = found.pop("logits")[0].astype(np.float32, copy=False)
         self._passed = {
             name: found[name.removesuffix("_in") + "_out"].astype(np.float32, copy=False)
@@ -158,7 +161,7 @@ def _check_interface(
     )
     chunk = _size(embedding, "embed", "token_ids", 1)
     for name, rows in (("embed", chunk), ("embed_one", 1)):
-        takes = {name: {"token_ids": ("int32", (1, rows))}}
+        takes: dict[str, Shapes] = {name: {"token_ids": ("int32", (1, rows))}}
         _check(embedding, takes, {"embeddings": (1, rows, width)})
     chunk = _size(decoder, "prefill", "embeddings", 1)
     capacity = _capacity(decoder)
@@ -215,16 +218,16 @@ def _check(
     for function, inputs in functions.items():
         code = evaluator.package.functions.get(function)
         if code is None:
-            raise BundleError(
-                f"function '{function}' is missing", where=evaluator.package.path
-            )
+            raise BundleError(f"function '{function}' is missing", where=evaluator.package.path)
         passed = not code.states
         held = {f"{name}_in" if passed else name: cache for name in names}
         got = {
             name: ("float" if t.dtype.startswith("float") else t.dtype, t.shape)
             for name, t in code.inputs.items()
         }
-        wanted = inputs | ({name: ("float", shape) for name, shape in held.items()} if passed else {})
+        wanted = inputs | (
+            {name: ("float", shape) for name, shape in held.items()} if passed else {}
+        )
         given = {name: type_.shape for name, type_ in code.outputs.items()}
         promised = outputs | ({f"{name}_out": cache for name in names} if passed else {})
         states = {name: type_.shape for name, type_ in code.states.items()}
