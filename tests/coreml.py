@@ -98,7 +98,7 @@ class Decoding:
         found = self.evaluator.run(function, inputs | more | self.passed, self.state)
         logits = found.pop("logits")[0]
         self.passed = {name.replace("_out", "_in"): array for name, array in found.items()}
-        return logits.astype(np.float32)
+        return np.asarray(logits, np.float32)
 
     def logits(self, embeddings: Array, chunks: Sequence[int]) -> Array:
         """Logits after each of several calls, `[len(chunks), V]`."""

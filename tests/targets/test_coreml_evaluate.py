@@ -166,7 +166,7 @@ ELEMENTWISE: dict[str, tuple[Make, Mapping[str, Array], Callable[..., Array]]] =
     ),
     "pad": (
         lambda x: Builder.pad(
-            x=x, pad=np.int32([1, 0, 2, 3]), mode="constant", constant_val=np.float32(0.5)
+            x=x, pad=np.array([1, 0, 2, 3], np.int32), mode="constant", constant_val=np.float32(0.5)
         ),
         {"x": X},
         lambda x: np.pad(x, ((0, 0), (1, 0), (2, 3)), constant_values=0.5),
@@ -177,7 +177,7 @@ ELEMENTWISE: dict[str, tuple[Make, Mapping[str, Array], Callable[..., Array]]] =
         lambda x, i: np.take(x, i, 1),
     ),
     "slice_by_size": (
-        lambda x, b: Builder.slice_by_size(x=x, begin=b, size=np.int32([2, 1, 3])),
+        lambda x, b: Builder.slice_by_size(x=x, begin=b, size=np.array([2, 1, 3], np.int32)),
         {"x": X, "b": np.array([0, 2, 1], np.int32)},
         lambda x, b: x[0:2, b[1] : b[1] + 1, b[2] : b[2] + 3],
     ),
@@ -189,7 +189,9 @@ ELEMENTWISE: dict[str, tuple[Make, Mapping[str, Array], Callable[..., Array]]] =
         lambda x: x[:, 1, 1:3],
     ),
     "slice_update": (
-        lambda x, u, b: Builder.slice_update(x=x, update=u, begin=b, end=np.int32([2, 2, 4])),
+        lambda x, u, b: Builder.slice_update(
+            x=x, update=u, begin=b, end=np.array([2, 2, 4], np.int32)
+        ),
         {"x": X, "u": draw(2, 1, 2, seed=7), "b": np.array([0, 1, 2], np.int32)},
         lambda x, u, b: np.concatenate(
             [x[:, :1], np.concatenate([x[:, 1:2, :2], u], 2), x[:, 2:]], 1
@@ -295,7 +297,7 @@ def test_attention_is_softmax_attention(tmp_path: Path, mask: str) -> None:
     def make(q: Var, k: Var, v: Var) -> Var:
         return Builder.scaled_dot_product_attention(query=q, key=k, value=v, attn_mask=allowed)
 
-    inputs = {"q": query, "k": key, "v": value}
+    inputs: dict[str, Array] = {"q": query, "k": key, "v": value}
     (got,) = run(tmp_path, make, inputs)
     scores = query @ key.swapaxes(2, 3) / np.sqrt(8)
     if mask != "none":
@@ -402,7 +404,10 @@ def test_states_are_kept_between_runs_and_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize("at", [-1, 7, 100])
 def test_writing_outside_a_state_is_refused(tmp_path: Path, at: int) -> None:
     evaluator = stateful(tmp_path)
-    inputs = {"x": np.zeros((2, 4), np.float16), "at": np.array([at], np.int32)}
+    inputs: dict[str, Array] = {
+        "x": np.zeros((2, 4), np.float16),
+        "at": np.array([at], np.int32),
+    }
     with pytest.raises(BundleError, match="slice is outside"):
         evaluator.run("main", inputs, evaluator.new_state("main"))
 

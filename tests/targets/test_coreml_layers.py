@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import nn
 from torch.nn import functional
 
@@ -31,9 +32,18 @@ COLUMNS = 80
 ROWS = 48
 
 
-def integer_schemes(ranges: tuple[SchemeRange, ...]) -> list[QuantScheme]:
+def integer_schemes(ranges: tuple[SchemeRange, ...]) -> list[ParameterSet]:
+    """All of them; by default those run that differ in more than one number from another."""
     found = {scheme.full_name: scheme for each in ranges for scheme in each.schemes()}
-    return [scheme for scheme in found.values() if scheme.is_integer]
+    return [
+        pytest.param(scheme, id=name, marks=pytest.mark.slow if _is_rare(scheme) else ())
+        for name, scheme in found.items()
+        if scheme.is_integer
+    ]
+
+
+def _is_rare(scheme: QuantScheme) -> bool:
+    return scheme.scale_bits == 8 or (scheme.group_size in (16, 64) and scheme.symmetric)
 
 
 def plan_of(scheme: QuantScheme) -> QuantPlan:
@@ -64,7 +74,7 @@ def run_main(path: Path, x: Array, *, exact: bool = True) -> Array:
     return Evaluator(read_package(path), exact=exact).run("main", {"x": x})["y"].astype(np.float32)
 
 
-@pytest.mark.parametrize("scheme", integer_schemes(MATRICES), ids=lambda s: s.full_name)
+@pytest.mark.parametrize("scheme", integer_schemes(MATRICES))
 def test_every_promised_scheme_of_a_matrix(tmp_path: Path, scheme: QuantScheme) -> None:
     component = of_width(lambda: nn.Linear(COLUMNS, ROWS), COLUMNS)
     weights = weights_of(component)
@@ -80,7 +90,7 @@ def test_every_promised_scheme_of_a_matrix(tmp_path: Path, scheme: QuantScheme) 
     assert built.weight_bytes[scheme.form] <= planned
 
 
-@pytest.mark.parametrize("scheme", integer_schemes(TABLES), ids=lambda s: s.full_name)
+@pytest.mark.parametrize("scheme", integer_schemes(TABLES))
 def test_every_promised_scheme_of_a_table(tmp_path: Path, scheme: QuantScheme) -> None:
     component = single(
         lambda: TokenEmbedding(ROWS, COLUMNS),

@@ -30,7 +30,8 @@ PALETTES = QuantPlan(
     "tables of 16, 64 and 256 values",
     (
         Rule("token_embedding/*", QuantScheme(bits=8, group_size=32)),
-        Rule("vision_encoder/*", QuantScheme(bits=8, palette=True), "kmeans"),
+        Rule("vision_encoder/projector.*", QuantScheme(bits=8, palette=True), "kmeans"),
+        Rule("vision_encoder/*", QuantScheme(bits=8)),
         Rule("decoder/head.weight", QuantScheme(bits=6, palette=True), "kmeans"),
         Rule("*", QuantScheme(bits=4, palette=True), "kmeans"),
     ),
