@@ -104,7 +104,8 @@ class Evaluator:
         values |= {name: name for name in code.states}
         for step in self._steps[function]:
             self._run_step(step, values, states)
-        return {name: _numpy(values[name]) for name in code.outputs}
+        copied = bool(states)  # else a result could be a part of a state, and change with it
+        return {name: _numpy(values[name], copied=copied) for name in code.outputs}
 
     def _run_step(self, step: Step, values: dict[str, Operand], states: State) -> None:
         operation = step.operation
@@ -211,9 +212,10 @@ def _fresh_states(code: FunctionCode, uses: Mapping[str, int]) -> set[int]:
 
     They are told by their place among the operations.
 
-    The pattern is `x = read_state(s); y = slice_update(x, ...); write_state(s, y)` with x used
-    once and y not before the writing.
+    The pattern is `x = read_state(s); y = slice_update(x, ...); write_state(s, y)`, x the first that
+    is read of s and used once, y written before anything else reads it, and nothing else written.
     """
+    writes = Counter(_given(o, "input") for o in code.operations if o.type == "write_state")
     read: dict[str | None, str | None] = {}
     found: set[int] = set()
     for index, operation in enumerate(code.operations[:-1]):
@@ -222,9 +224,10 @@ def _fresh_states(code: FunctionCode, uses: Mapping[str, int]) -> set[int]:
             read[_made_by(operation)] = _given(operation, "input")
         if operation.type != "slice_update" or following.type != "write_state":
             continue
-        source = _given(operation, "x")
-        same = source in read and read[source] == _given(following, "input")
-        if same and uses[str(source)] == 1 and _given(following, "data") == _made_by(operation):
+        source, state = _given(operation, "x"), _given(following, "input")
+        first = source in read and [*read.values()].count(state) == 1 == writes[state]
+        only = read.get(source) == state and uses[str(source)] == 1
+        if first and only and _given(following, "data") == _made_by(operation):
             found.add(index)
     return found
 
@@ -260,7 +263,7 @@ def _weights_of(operation: Operation) -> object | None:
     return None if len(given) != len(operation.inputs) else (operation.type, *given)
 
 
-def _numpy(value: Operand) -> Array:
+def _numpy(value: Operand, *, copied: bool) -> Array:
     if isinstance(value, str):
         raise BundleError("function gives a word", got=value)
-    return value.contiguous().numpy()
+    return (value.clone() if copied else value).contiguous().numpy()

@@ -401,6 +401,33 @@ def test_states_are_kept_between_runs_and_apart(tmp_path: Path) -> None:
     assert not other["s"].any()
 
 
+def test_what_was_read_of_a_state_stays_as_it_was(tmp_path: Path) -> None:
+    """Before and after an update, and in results that earlier runs gave."""
+    specs = {
+        "x": Builder.TensorSpec((2, 4), types.fp16),
+        "s": Builder.StateTensorSpec((8, 4), types.fp16),
+    }
+    with Function(specs, IOS18) as function:
+        x, s = function.inputs["x"], function.inputs["s"]
+        box = {"begin": [1, 0], "end": [3, 4]}
+        first = Builder.read_state(input=s)
+        again = Builder.read_state(input=s)
+        after = Builder.slice_update(x=again, update=x, **box)
+        after = Builder.coreml_update_state(state=s, value=after)
+        grown = Builder.sub(x=after, y=first)
+        after.name, grown.name = "after", "grown"
+        function.set_outputs([after, grown])
+    save_package({"main": function}, WeightStore(), tmp_path / "s.mlpackage")
+    evaluator = Evaluator(read_package(tmp_path / "s.mlpackage"))
+    state = evaluator.new_state("main")
+    one = evaluator.run("main", {"x": np.full((2, 4), 3, np.float16)}, state)
+    kept = one["after"].copy()
+    other = evaluator.run("main", {"x": np.full((2, 4), 5, np.float16)}, state)
+    assert (one["grown"][1:3] == 3).all()
+    assert (other["grown"][1:3] == 2).all()
+    assert np.array_equal(one["after"], kept)
+
+
 @pytest.mark.parametrize("at", [-1, 7, 100])
 def test_writing_outside_a_state_is_refused(tmp_path: Path, at: int) -> None:
     evaluator = stateful(tmp_path)
