@@ -10,7 +10,7 @@ from typing import Literal
 from lorgnette.export.component import Component, TensorSpec
 from lorgnette.export.trace import trace
 from lorgnette.quantize.store import QuantizedSource
-from lorgnette.targets.coreml.builder import FunctionBuilder, Plan, translate
+from lorgnette.targets.coreml.builder import FunctionBuilder, FunctionPlan, translate
 from lorgnette.targets.coreml.mil import IOS18, Builder, Function, Var, types
 from lorgnette.targets.coreml.save import save_package
 from lorgnette.targets.coreml.weights import WeightStore
@@ -82,7 +82,7 @@ def build_package(
     made: list[Made] = []
     kept: dict[str, str] = {}
     for name, entry_point, rows in _functions(component):
-        plan = Plan(name, rows, capacity_for(context_length), half)
+        plan = FunctionPlan(name, rows, capacity_for(context_length), half)
         function, builder = _build_function(component, source, store, plan)
         functions[name] = function
         made.append(Made(name, entry_point, _tensors(function)))
@@ -108,7 +108,7 @@ def _functions(component: Component) -> Sequence[tuple[str, str, int]]:
 
 
 def _build_function(
-    component: Component, source: QuantizedSource, store: WeightStore, plan: Plan
+    component: Component, source: QuantizedSource, store: WeightStore, plan: FunctionPlan
 ) -> tuple[Function, FunctionBuilder]:
     fixed = fix_axes(component, {"G": 1, "T": plan.rows, "S": plan.capacity})
     program = trace(fixed)
@@ -151,7 +151,7 @@ def fix_axes(component: Component, sizes: Mapping[str, int]) -> Component:
     )
 
 
-def _placeholders(component: Component, plan: Plan) -> dict[str, Var]:
+def _placeholders(component: Component, plan: FunctionPlan) -> dict[str, Var]:
     """What a function takes: integers as int32, the only ones that Core ML passes; its own floats.
 
     States are float16 by Core ML's rules, so a float32 cache is passed in and out.

@@ -43,7 +43,7 @@ Translation = Callable[["FunctionBuilder", torch.fx.Node, Known], object]
 
 
 @dataclass(frozen=True)
-class Plan:
+class FunctionPlan:
     """What a function is made for.
 
     Attributes:
@@ -77,7 +77,7 @@ class FunctionBuilder:
     component: Component
     source: QuantizedSource
     store: WeightStore
-    plan: Plan
+    plan: FunctionPlan
     inputs: dict[str, Var]
     caches: list[Var] = field(default_factory=list)
     updated: dict[int, Var] = field(default_factory=dict)

@@ -212,8 +212,8 @@ def _fresh_states(code: FunctionCode, uses: Mapping[str, int]) -> set[int]:
 
     They are told by their place among the operations.
 
-    The pattern is `x = read_state(s); y = slice_update(x, ...); write_state(s, y)`, x the first that
-    is read of s and used once, y written before anything else reads it, and nothing else written.
+    The pattern is `x = read_state(s); y = slice_update(x, ...); write_state(s, y)`: x is the first
+    that is read of s and used once, y is written before anything reads it, nothing else is written.
     """
     writes = Counter(_given(o, "input") for o in code.operations if o.type == "write_state")
     read: dict[str | None, str | None] = {}
