@@ -95,7 +95,7 @@ def test_bytes_changed_anywhere_never_crash(package: Path) -> None:
     draw = np.random.default_rng(0)
     content = (package / MODEL).read_bytes()
     refused = 0
-    for at in draw.integers(0, len(content), 150):
+    for at in draw.integers(0, len(content), 60):
         changed = bytearray(content)
         changed[at] ^= 1 << draw.integers(0, 8)
         (package / MODEL).write_bytes(changed)
@@ -103,7 +103,7 @@ def test_bytes_changed_anywhere_never_crash(package: Path) -> None:
             run(package)
         except BundleError as error:
             refused += "\n" not in str(error)
-    assert refused > 100
+    assert refused > 40
 
 
 def test_model_that_is_too_large(package: Path) -> None:
