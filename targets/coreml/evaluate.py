@@ -47,6 +47,8 @@ class Step:
     done_with: tuple[str, ...]
     """Values that nothing reads after it."""
     in_place: bool
+    weights: object | None
+    """What a constant or an expansion of constants is made of."""
 
 
 class Evaluator:
@@ -109,7 +111,7 @@ class Evaluator:
 
     def _run_step(self, step: Step, values: dict[str, Operand], states: State) -> None:
         operation = step.operation
-        key = _weights_of(operation)
+        key = step.weights
         if key is not None and key in self._kept:
             results: Sequence[Operand] = (self._kept[key],)
         else:
@@ -135,7 +137,7 @@ class Evaluator:
         try:
             made = step.kernel(call)
         except _FAILURES as error:
-            raise call.error("operator cannot be run", got=str(error).splitlines()[0]) from error
+            raise call.error("operator cannot be run", got=_first_line(error)) from error
         results = (made,) if isinstance(made, Tensor) else tuple(made)
         if [tuple(r.shape) for r in results] != [t.shape for _, t in operation.outputs]:
             raise call.error(
@@ -165,6 +167,10 @@ class Evaluator:
         if self._kept_bytes + size <= KEPT_BYTES:
             self._kept[key] = value
             self._kept_bytes += size
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def unknown_operators(package: Package) -> list[str]:
@@ -199,7 +205,9 @@ def _prepare(code: FunctionCode) -> tuple[Step, ...]:
                 got=operation.type,
             )
         done = tuple(ends.get(index, ()))
-        steps.append(Step(operation, kernel or _no_kernel, moves, done, index in fresh))
+        weights = _weights_of(operation)
+        in_place = index in fresh
+        steps.append(Step(operation, kernel or _no_kernel, moves, done, in_place, weights))
     return tuple(steps)
 
 
@@ -255,12 +263,19 @@ def _weights_of(operation: Operation) -> object | None:
     if operation.type != "const" and not operation.type.startswith("constexpr_"):
         return None
     given = [
-        (name, each.offset if each.offset is not None else str(each.value), each.type)
+        (name, _identity(each), each.type)
         for name, several in sorted(operation.inputs.items())
         for each in several
         if isinstance(each, Constant)
     ]
     return None if len(given) != len(operation.inputs) else (operation.type, *given)
+
+
+def _identity(constant: Constant) -> object:
+    """Equal for equal numbers: a place in the file, or the numbers themselves."""
+    if constant.offset is not None:
+        return constant.offset
+    return constant.value if isinstance(constant.value, str) else constant.value.tobytes()
 
 
 def _numpy(value: Operand, *, copied: bool) -> Array:

@@ -64,7 +64,8 @@ class Constant:
     """Numbers or text in the program, or an array in the file of weights."""
 
     type: ValueType
-    value: NDArray[np.generic] | str | None
+    value: NDArray[np.generic] | str
+    """The numbers; none of what lies in the file."""
     offset: int | None = None
 
 
@@ -98,11 +99,11 @@ class Package:
 
     def array(self, constant: Constant) -> NDArray[np.generic]:
         """The numbers of a constant."""
-        if isinstance(constant.value, np.ndarray):
-            return constant.value
-        if constant.offset is None:
+        if constant.offset is not None:
+            return self.blobs.read(constant.offset, constant.type.dtype, constant.type.shape)
+        if isinstance(constant.value, str):
             raise BundleError("text in the place of numbers", where=self.path)
-        return self.blobs.read(constant.offset, constant.type.dtype, constant.type.shape)
+        return constant.value
 
 
 def read_package(path: Path) -> Package:
@@ -211,13 +212,16 @@ class _Reader:
         """One operator; a constant's value becomes its only input."""
         if each.blocks:
             raise self.error("operator holds a block", got=each.type)
+        outputs = tuple((out.name, self.value_type(out.type)) for out in each.outputs)
+        if each.type == "const":
+            value = self.constant(each.attributes["val"])
+            if [type_ for _, type_ in outputs] != [value.type]:
+                raise self.error("a constant is not of its type", got=outputs)
+            return Operation(each.type, {"val": (value,)}, outputs)
         inputs = {
             name: tuple(self.binding(binding) for binding in each.inputs[name].arguments)
             for name in sorted(each.inputs)
         }
-        if each.type == "const":
-            inputs = {"val": (self.constant(each.attributes["val"]),)}
-        outputs = tuple((out.name, self.value_type(out.type)) for out in each.outputs)
         return Operation(each.type, inputs, outputs)
 
     def check_names(self, operation: Operation, known: Mapping[str, ValueType]) -> None:
@@ -245,7 +249,7 @@ class _Reader:
                 raise self.error("a weight lies in another file", got=blob.fileName)
             if type_.dtype not in TYPES:
                 raise self.error("a weight is of an unknown type", got=type_.dtype)
-            return Constant(type_, None, int(blob.offset))
+            return Constant(type_, np.empty(0), int(blob.offset))
         return Constant(type_, self.immediate(value.immediateValue.tensor, type_))
 
     def immediate(self, tensor: Message, type_: ValueType) -> NDArray[np.generic] | str:
