@@ -38,12 +38,6 @@ class Bundle:
             raise BundleError(f"file '{name}' is not part of the bundle", where=self.path)
         return self.path / name
 
-    def folder(self, name: str) -> Path:
-        """The path of a folder that holds files of the manifest."""
-        if not any(entry.path.startswith(f"{name}/") for entry in self.manifest.files):
-            raise BundleError(f"folder '{name}' is not part of the bundle", where=self.path)
-        return self.path / name
-
     def check_digests(self) -> None:
         """Reads every file and compares it with its digest.
 

@@ -50,25 +50,6 @@ class TensorEntry(Frozen, frozen=True):
     shape: tuple[int | str, ...]
 
 
-class Fallback(Frozen, frozen=True):
-    """An operator that the accelerator or delegate did not take."""
-
-    operator: str
-    source: str
-    count: int
-    reason: str
-
-
-class FunctionEntry(Frozen, frozen=True):
-    """What a function of a graph really takes, where that is not the component's contract."""
-
-    name: str
-    entry_point: str
-    inputs: tuple[TensorEntry, ...]
-    outputs: tuple[TensorEntry, ...]
-    states: tuple[TensorEntry, ...] = ()
-
-
 class ComponentEntry(Frozen, frozen=True):
     """A graph: what it takes, what it gives, what is in it."""
 

@@ -91,13 +91,6 @@ class Capabilities(Frozen, frozen=True):
     """The engine that executes its graphs."""
     engine_min_version: str
     summary: str
-    engine_package: str = ""
-    extra: str = ""
-    os_floor: str = ""
-    arithmetic: Literal["float32", "float16"] = "float32"
-    tile_counts: tuple[int, ...] = ()
-    activations: dict[Activations, Activations] = {}
-    not_run: str = ""
 
     def carries(self, scheme: QuantScheme, *, gathered: bool) -> bool:
         """Whether a matrix, or a table, can be stored so."""

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from lorgnette.manifest import Fallback, FunctionEntry
 from lorgnette.spec import Frozen
 from lorgnette.targets.capabilities import Capabilities, Matrix
 
@@ -33,21 +28,6 @@ class LoweredComponent(Frozen, frozen=True):
     """Bytes of weights by storage form; shared bytes count where they were stored first."""
     kept_in_float: dict[str, str]
     """Matrices that a plan wanted as integers and that stayed float, with the reason."""
-    functions: tuple[FunctionEntry, ...] = ()
-    exceptions: tuple[str, ...] = ()
-    fallbacks: tuple[Fallback, ...] = ()
-    advice: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class StoredMatrix:
-    """A matrix read back from a bundle."""
-
-    component: str
-    name: str
-    codes: NDArray[np.uint8]
-    scales: NDArray[np.float32]
-    bits: int
 
 
 class Lowering(Protocol):
