@@ -1,0 +1,198 @@
+"""Traced components to one asset: functions that share their constants."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+with warnings.catch_warnings():
+    # It takes the CPU build "2.13.0+cpu" for a version behind the 2.13.0 that it was tested with.
+    warnings.filterwarnings("ignore", message="coreai-torch has only been validated")
+    import coreai_torch
+
+from coreai._compiler.dialects import coreai
+from coreai._compiler.ir import F32Type, Location, Value
+from coreai.authoring import AIProgram
+
+from lorgnette.export.component import Component, TensorSpec
+from lorgnette.quantize.store import QuantizedSource
+from lorgnette.targets.coreai.constants import Constants, resource
+from lorgnette.targets.coreai.graphs import in_order
+from lorgnette.targets.coreai.modules import PREFIX, stored_module
+from lorgnette.targets.coreai.operators import NAMESPACE, decompositions
+
+Values = dict[str, Value]
+EXAMPLE_LENGTH = 7
+"""What a dynamic axis is traced with: not 0 or 1, which torch.export takes for constants."""
+MIN_RESOURCE = 16
+"""Elements of a constant that is kept apart from the operators; smaller ones stand among them."""
+
+
+@dataclass(frozen=True)
+class Function:
+    """An entry point of an asset.
+
+    Attributes:
+        name: Its name there.
+        component: What it computes.
+        sizes: Sizes of the component's dynamic axes that are fixed here.
+    """
+
+    name: str
+    component: Component
+    sizes: Mapping[str, int]
+
+    def shape(self, spec: TensorSpec) -> tuple[int | str, ...]:
+        """A tensor's shape here: a str still names a dynamic axis."""
+        return tuple(self.sizes.get(a, a) if isinstance(a, str) else a for a in spec.shape)
+
+
+class _Converter(coreai_torch.TorchConverter):
+    """The library's, with names of constants that depend on nothing but what they hold."""
+
+    def _constant_from_tensor(self, tensor: Tensor) -> Value:
+        if tensor.dtype != torch.float32 or tensor.numel() < MIN_RESOURCE:
+            return super()._constant_from_tensor(tensor)
+        array = tensor.detach().numpy()
+        digest = hashlib.sha256(array.tobytes()).hexdigest()[:32]
+        value = resource(f"float32_{digest}", F32Type.get(), tuple(tensor.shape), array)
+        return coreai.ConstantOp(value=value).result
+
+
+def write_asset(
+    path: Path,
+    functions: Sequence[Function],
+    sources: Mapping[str, QuantizedSource],
+    constants: Constants,
+    progress: Callable[[str], None],
+) -> dict[str, dict[str, int]]:
+    """Converts functions and writes them as one asset, whose constants they share.
+
+    Args:
+        path: Where; ends in `.aimodel`.
+        functions: The entry points.
+        sources: The parameters of their components.
+        constants: Makes the constants of stored matrices.
+        progress: Told about each function.
+
+    Returns:
+        For each function, by name, how often each operator stands in it.
+    """
+    with _quiet():
+        converter = _Converter(mode=coreai_torch.TorchConverter.Mode.RELEASE)
+        _register(converter, constants)
+        for function in functions:
+            progress(f"trace {function.name}")
+            component = function.component
+            converter.add_exported_program(
+                _trace(function, sources[component.name]),
+                input_names=[spec.name for spec in component.inputs],
+                output_names=[spec.name for spec in component.outputs],
+                state_names=[state_name(spec) for spec in component.cache_inputs],
+                entrypoint_name=function.name,
+            )
+        progress(f"convert {path.name}")
+        program = converter.to_coreai()
+        operators = in_order(program, [function.name for function in functions])
+        _save(program, path)
+    return operators
+
+
+def state_name(spec: TensorSpec) -> str:
+    """The name of a cache as a state: `key_0` of the input `key_0_in`."""
+    return spec.name.removesuffix("_in")
+
+
+def _trace(function: Function, source: QuantizedSource) -> ExportedProgram:
+    """The program of an entry point, its small parameters filled in."""
+    component = function.component
+    dims: dict[str, Dim] = {
+        name: Dim(name, min=low, max=high)
+        for name, (low, high) in component.dynamic_axes.items()
+        if name not in function.sizes
+    }
+
+    def example(spec: TensorSpec) -> Tensor:
+        shape = [EXAMPLE_LENGTH if isinstance(a, str) else a for a in function.shape(spec)]
+        return torch.empty(shape, dtype=spec.dtype, device="meta")
+
+    def dynamic(spec: TensorSpec) -> dict[int, Dim]:
+        return {i: dims[a] for i, a in enumerate(function.shape(spec)) if isinstance(a, str)}
+
+    inputs: list[Tensor | list[Tensor]] = [example(spec) for spec in component.inputs]
+    shapes: list[object] = [dynamic(spec) for spec in component.inputs]
+    if component.cache_inputs:
+        inputs.append([example(spec) for spec in component.cache_inputs])
+        shapes.append([dynamic(spec) for spec in component.cache_inputs])
+    with torch.no_grad():
+        program = torch.export.export(
+            stored_module(component, source), tuple(inputs), dynamic_shapes=tuple(shapes)
+        )
+        program = program.run_decompositions(decompositions())
+    for name in program.state_dict:
+        program.state_dict[name] = source.tensor(name.removeprefix(PREFIX))
+    return program
+
+
+def _register(converter: coreai_torch.TorchConverter, constants: Constants) -> None:
+    """Tells the converter what this target's own operators are."""
+
+    def linear(values: Values, node: torch.fx.Node, location: Location) -> Value:
+        x, matrix = values[_name(node, 0)], constants.matrix(str(node.args[1]), location)
+        transposed = coreai.transpose(matrix, np.array([1, 0], np.uint32))
+        return coreai.broadcasting_batch_matmul(x, transposed)
+
+    def rows(values: Values, node: torch.fx.Node, location: Location) -> Value:
+        table = constants.part(str(node.args[1]), str(node.args[2]), location)
+        found = coreai.gather_nd(table, coreai.expand_dims(values[_name(node, 0)], [2]))
+        return coreai.cast(found, np.float32)
+
+    def write(values: Values, node: torch.fx.Node, location: Location) -> Value:
+        cache, new, past = (values[_name(node, i)] for i in range(3))
+        batch, heads, _, size = cache.type.shape
+        length = coreai.slice_(coreai.get_shape(new), [2], [3], [1])
+        end = coreai.broadcasting_add(past, coreai.cast(length, np.int32))
+        start = coreai.concat(0, [[0], [0], past, [0]])
+        stop = coreai.concat(0, [[batch], [heads], end, [size]])
+        return coreai.slice_update(cache, start, stop, [1, 1, 1, 1], new)
+
+    for name, lowering in (("stored_linear", linear), ("stored_rows", rows), ("write_positions", write)):
+        converter.register_torch_lowering(f"{NAMESPACE}::{name}.default")(lowering)
+
+
+def _name(node: torch.fx.Node, index: int) -> str:
+    argument = node.args[index]
+    if not isinstance(argument, torch.fx.Node):
+        raise TypeError(f"argument {index} of {node} is {argument}, not a tensor")
+    return argument.name
+
+
+def _save(program: AIProgram, path: Path) -> None:
+    """Writes the asset; what it says of itself without the time of day, in one order."""
+    asset = program.save_asset(path)
+    asset.update_metadata(lambda metadata: setattr(metadata, "creation_date", None))
+    said = path / "metadata.json"
+    said.write_text(json.dumps(json.loads(said.read_bytes()), indent=2, sort_keys=True) + "\n")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what the converter prints off stdout, which belongs to the command line."""
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        yield
