@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import coreai.authoring  # noqa: F401 - the dialect can be imported only behind it
 import numpy as np
-from coreai._compiler.dialects import coreai
+from coreai._compiler.dialects import coreai as core
 from coreai._compiler.ir import (
     Attribute,
     DenseResourceElementsAttr,
@@ -89,8 +90,8 @@ class Constants:
             return _as_float32(self._values(key, location))
         codes = self.part(key, "codes", location)
         if scheme.palette:
-            axis = coreai.constant(np.array(0, np.int16), loc=location)
-            return coreai.lut_to_dense(codes, self.part(key, "palette", location), axis)
+            axis = core.constant(np.array(0, np.int16), loc=location)
+            return core.lut_to_dense(codes, self.part(key, "palette", location), axis)
         scales = _as_float32(self.part(key, "scales", location))
         shape = tuple(scales.type.shape)
         zero_points = (
@@ -98,8 +99,8 @@ class Constants:
             if scheme.symmetric
             else self.part(key, "zero_points", location)
         )
-        offset = coreai.constant(np.zeros(shape, np.float32), loc=location)
-        return coreai.blockwise_shift_scale(codes, scales, zero_points, offset)
+        offset = core.constant(np.zeros(shape, np.float32), loc=location)
+        return core.blockwise_shift_scale(codes, scales, zero_points, offset)
 
     def part(self, key: str, part: str, location: Location) -> Value:
         """The codes, scales, zero points or palette of a matrix, or its float values."""
@@ -167,7 +168,7 @@ class Constants:
             self._made[place] = resource(f"{place[0]}:{part}", kind, shape, array)
             sizes = self.weight_bytes[source.component]
             sizes[form] = sizes.get(form, 0) + array.nbytes
-        return coreai.ConstantOp(value=self._made[place]).result
+        return core.ConstantOp(value=self._made[place]).result
 
     def _find(self, key: str) -> tuple[QuantizedSource, str]:
         component, _, name = key.partition("/")
@@ -186,9 +187,9 @@ def resource(name: str, kind: Type, shape: tuple[int, ...], array: Array) -> Att
 
 
 def _as_float32(value: Value) -> Value:
-    return coreai.cast(value, np.float32) if F16Type.isinstance(value.type.element_type) else value
+    return core.cast(value, np.float32) if F16Type.isinstance(value.type.element_type) else value
 
 
 def _splat(shape: tuple[int, ...], kind: Type, location: Location) -> Value:
     """A constant of zeros, which costs no bytes."""
-    return coreai.constant(np.zeros(shape, np.int8), dtype=kind, loc=location)
+    return core.constant(np.zeros(shape, np.int8), dtype=kind, loc=location)

@@ -21,11 +21,12 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="coreai-torch has only been validated")
     import coreai_torch
 
-from coreai._compiler.dialects import coreai
+from coreai._compiler.dialects import coreai as core
 from coreai._compiler.ir import F32Type, Location, Value
 from coreai.authoring import AIProgram
 
 from lorgnette.export.component import Component, TensorSpec
+from lorgnette.manifest import FunctionEntry, TensorEntry
 from lorgnette.quantize.store import QuantizedSource
 from lorgnette.targets.coreai.constants import Constants, resource
 from lorgnette.targets.coreai.graphs import in_order
@@ -35,6 +36,8 @@ from lorgnette.targets.coreai.operators import NAMESPACE, decompositions
 Values = dict[str, Value]
 EXAMPLE_LENGTH = 7
 """What a dynamic axis is traced with: not 0 or 1, which torch.export takes for constants."""
+NARROW = {torch.int64: torch.int32}
+"""Core AI has no numbers of 64 bits."""
 MIN_RESOURCE = 16
 """Elements of a constant that is kept apart from the operators; smaller ones stand among them."""
 
@@ -44,7 +47,7 @@ class Function:
     """An entry point of an asset.
 
     Attributes:
-        name: Its name there.
+        name: Its name there, and which of the component's entry points it is.
         component: What it computes.
         sizes: Sizes of the component's dynamic axes that are fixed here.
     """
@@ -57,6 +60,21 @@ class Function:
         """A tensor's shape here: a str still names a dynamic axis."""
         return tuple(self.sizes.get(a, a) if isinstance(a, str) else a for a in spec.shape)
 
+    def entry(self) -> FunctionEntry:
+        """What it takes and gives: the component's tensors, caches as states, no int64."""
+
+        def tensor(spec: TensorSpec) -> TensorEntry:
+            dtype = str(NARROW.get(spec.dtype, spec.dtype)).removeprefix("torch.")
+            return TensorEntry(name=state_name(spec), dtype=dtype, shape=self.shape(spec))  # type: ignore[arg-type]
+
+        return FunctionEntry(
+            name=self.name,
+            entry_point=self.name,
+            inputs=tuple(map(tensor, self.component.inputs)),
+            outputs=tuple(map(tensor, self.component.outputs)),
+            states=tuple(map(tensor, self.component.cache_inputs)),
+        )
+
 
 class _Converter(coreai_torch.TorchConverter):
     """The library's, with names of constants that depend on nothing but what they hold."""
@@ -67,7 +85,7 @@ class _Converter(coreai_torch.TorchConverter):
         array = tensor.detach().numpy()
         digest = hashlib.sha256(array.tobytes()).hexdigest()[:32]
         value = resource(f"float32_{digest}", F32Type.get(), tuple(tensor.shape), array)
-        return coreai.ConstantOp(value=value).result
+        return core.ConstantOp(value=value).result
 
 
 def write_asset(
@@ -150,22 +168,22 @@ def _register(converter: coreai_torch.TorchConverter, constants: Constants) -> N
 
     def linear(values: Values, node: torch.fx.Node, location: Location) -> Value:
         x, matrix = values[_name(node, 0)], constants.matrix(str(node.args[1]), location)
-        transposed = coreai.transpose(matrix, np.array([1, 0], np.uint32))
-        return coreai.broadcasting_batch_matmul(x, transposed)
+        transposed = core.transpose(matrix, np.array([1, 0], np.uint32))
+        return core.broadcasting_batch_matmul(x, transposed)
 
     def rows(values: Values, node: torch.fx.Node, location: Location) -> Value:
         table = constants.part(str(node.args[1]), str(node.args[2]), location)
-        found = coreai.gather_nd(table, coreai.expand_dims(values[_name(node, 0)], [2]))
-        return coreai.cast(found, np.float32)
+        found = core.gather_nd(table, core.expand_dims(values[_name(node, 0)], [2]))
+        return core.cast(found, np.float32)
 
     def write(values: Values, node: torch.fx.Node, location: Location) -> Value:
         cache, new, past = (values[_name(node, i)] for i in range(3))
         batch, heads, _, size = cache.type.shape
-        length = coreai.slice_(coreai.get_shape(new), [2], [3], [1])
-        end = coreai.broadcasting_add(past, coreai.cast(length, np.int32))
-        start = coreai.concat(0, [[0], [0], past, [0]])
-        stop = coreai.concat(0, [[batch], [heads], end, [size]])
-        return coreai.slice_update(cache, start, stop, [1, 1, 1, 1], new)
+        length = core.slice_(core.get_shape(new), [2], [3], [1])
+        end = core.broadcasting_add(past, core.cast(length, np.int32))
+        start = core.concat(0, [[0], [0], past, [0]])
+        stop = core.concat(0, [[batch], [heads], end, [size]])
+        return core.slice_update(cache, start, stop, [1, 1, 1, 1], new)
 
     for name, lowering in (("stored_linear", linear), ("stored_rows", rows), ("write_positions", write)):
         converter.register_torch_lowering(f"{NAMESPACE}::{name}.default")(lowering)
