@@ -7,6 +7,7 @@ constants of all its functions once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import coreai.authoring  # noqa: F401 - the dialect can be imported only behind it
 import numpy as np
@@ -71,6 +72,14 @@ def integer_type(scheme: QuantScheme) -> IntegerType:
     return make(scheme.bits)
 
 
+class StoredAs(NamedTuple):
+    """Where a matrix of codes is: constants are called `name:codes`, `name:scales` and so on."""
+
+    name: str
+    columns: int
+    """Of the matrix: its codes may have more."""
+
+
 class Constants:
     """The constants of one asset."""
 
@@ -78,7 +87,8 @@ class Constants:
         """Reads matrices of these components, named `component/parameter`."""
         self._sources = sources
         self._made: dict[tuple[str, str], Attribute] = {}
-        self._counted: set[tuple[str, str]] = set()
+        self._first: dict[str, str] = {}
+        self._stored: dict[str, StoredAs] = {}
         self.weight_bytes: dict[str, dict[str, int]] = {name: {} for name in sources}
         self.exceptions: dict[str, set[str]] = {name: set() for name in sources}
 
@@ -93,9 +103,9 @@ class Constants:
             axis = core.constant(np.array(0, np.int16), loc=location)
             return core.lut_to_dense(codes, self.part(key, "palette", location), axis)
         scales = _as_float32(self.part(key, "scales", location))
-        shape = tuple(scales.type.shape)
+        shape = tuple(tensor_type(scales).shape)
         zero_points = (
-            _splat(shape, codes.type.element_type, location)
+            _splat(shape, tensor_type(codes).element_type, location)
             if scheme.symmetric
             else self.part(key, "zero_points", location)
         )
@@ -162,13 +172,27 @@ class Constants:
         location: Location,
     ) -> Value:
         source, name = self._find(key)
-        place = (source.storage_key(name) + form, part)
+        same = f"{source.storage_key(name)} {form}"
+        place = (same, part)
+        first = self._first.setdefault(same, key)
+        if part == "codes":
+            self._stored[key] = StoredAs(first, source.shapes[name][1])
         if place not in self._made:
             kind, shape, array = make()
-            self._made[place] = resource(f"{place[0]}:{part}", kind, shape, array)
+            name = f"{self._first[place[0]]}:{part}"
+            self._made[place] = resource(name, kind, shape, array)
             sizes = self.weight_bytes[source.component]
             sizes[form] = sizes.get(form, 0) + array.nbytes
-        return core.ConstantOp(value=self._made[place]).result
+        return constant(self._made[place])
+
+    def stored(self, component: str) -> dict[str, StoredAs]:
+        """Where the codes of a component's matrices are, by their own names."""
+        mine = f"{component}/"
+        return {
+            key.removeprefix(mine): place
+            for key, place in sorted(self._stored.items())
+            if key.startswith(mine)
+        }
 
     def _find(self, key: str) -> tuple[QuantizedSource, str]:
         component, _, name = key.partition("/")
@@ -183,11 +207,26 @@ def resource(name: str, kind: Type, shape: tuple[int, ...], array: Array) -> Att
     """
     held = RankedTensorType.get(list(shape), kind)
     flat = np.ascontiguousarray(array).reshape(-1)
-    return DenseResourceElementsAttr.get_from_buffer(flat, name, held)
+    return DenseResourceElementsAttr.get_from_buffer(flat.data, name, held)
+
+
+def constant(value: Attribute) -> Value:
+    """A constant of that value."""
+    result: Value = core.ConstantOp(value=value).result  # type: ignore[no-untyped-call]
+    return result
+
+
+def tensor_type(value: Value) -> RankedTensorType:
+    """The type of a value that is a tensor."""
+    return RankedTensorType(value.type)
 
 
 def _as_float32(value: Value) -> Value:
-    return core.cast(value, np.float32) if F16Type.isinstance(value.type.element_type) else value
+    return (
+        core.cast(value, np.float32)
+        if F16Type.isinstance(tensor_type(value).element_type)
+        else value
+    )
 
 
 def _splat(shape: tuple[int, ...], kind: Type, location: Location) -> Value:

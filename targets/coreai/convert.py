@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +25,12 @@ with warnings.catch_warnings():
 from coreai._compiler.dialects import coreai as core
 from coreai._compiler.ir import F32Type, Location, Value
 from coreai.authoring import AIProgram
+from coreai.runtime import AIModelAssetMetadata
 
 from lorgnette.export.component import Component, TensorSpec
 from lorgnette.manifest import FunctionEntry, TensorEntry
 from lorgnette.quantize.store import QuantizedSource
-from lorgnette.targets.coreai.constants import Constants, resource
+from lorgnette.targets.coreai.constants import Constants, StoredAs, constant, resource, tensor_type
 from lorgnette.targets.coreai.graphs import in_order
 from lorgnette.targets.coreai.modules import PREFIX, stored_module
 from lorgnette.targets.coreai.operators import NAMESPACE, decompositions
@@ -38,6 +40,8 @@ EXAMPLE_LENGTH = 7
 """What a dynamic axis is traced with: not 0 or 1, which torch.export takes for constants."""
 NARROW = {torch.int64: torch.int32}
 """Core AI has no numbers of 64 bits."""
+NOTE = "lorgnette.matrices"
+"""What an asset's metadata call the list of its matrices of codes."""
 MIN_RESOURCE = 16
 """Elements of a constant that is kept apart from the operators; smaller ones stand among them."""
 
@@ -85,7 +89,7 @@ class _Converter(coreai_torch.TorchConverter):
         array = tensor.detach().numpy()
         digest = hashlib.sha256(array.tobytes()).hexdigest()[:32]
         value = resource(f"float32_{digest}", F32Type.get(), tuple(tensor.shape), array)
-        return core.ConstantOp(value=value).result
+        return constant(value)
 
 
 def write_asset(
@@ -122,8 +126,9 @@ def write_asset(
             )
         progress(f"convert {path.name}")
         program = converter.to_coreai()
+        names = dict.fromkeys(function.component.name for function in functions)
         operators = in_order(program, [function.name for function in functions])
-        _save(program, path)
+        _save(program, path, {name: constants.stored(name) for name in names})
     return operators
 
 
@@ -154,7 +159,7 @@ def _trace(function: Function, source: QuantizedSource) -> ExportedProgram:
         inputs.append([example(spec) for spec in component.cache_inputs])
         shapes.append([dynamic(spec) for spec in component.cache_inputs])
     with torch.no_grad():
-        program = torch.export.export(
+        program: ExportedProgram = torch.export.export(
             stored_module(component, source), tuple(inputs), dynamic_shapes=tuple(shapes)
         )
         program = program.run_decompositions(decompositions())
@@ -178,14 +183,18 @@ def _register(converter: coreai_torch.TorchConverter, constants: Constants) -> N
 
     def write(values: Values, node: torch.fx.Node, location: Location) -> Value:
         cache, new, past = (values[_name(node, i)] for i in range(3))
-        batch, heads, _, size = cache.type.shape
+        batch, heads, _, size = tensor_type(cache).shape
         length = core.slice_(core.get_shape(new), [2], [3], [1])
         end = core.broadcasting_add(past, core.cast(length, np.int32))
         start = core.concat(0, [[0], [0], past, [0]])
         stop = core.concat(0, [[batch], [heads], end, [size]])
         return core.slice_update(cache, start, stop, [1, 1, 1, 1], new)
 
-    for name, lowering in (("stored_linear", linear), ("stored_rows", rows), ("write_positions", write)):
+    for name, lowering in (
+        ("stored_linear", linear),
+        ("stored_rows", rows),
+        ("write_positions", write),
+    ):
         converter.register_torch_lowering(f"{NAMESPACE}::{name}.default")(lowering)
 
 
@@ -196,11 +205,20 @@ def _name(node: torch.fx.Node, index: int) -> str:
     return argument.name
 
 
-def _save(program: AIProgram, path: Path) -> None:
-    """Writes the asset; what it says of itself without the time of day, in one order."""
+def _save(program: AIProgram, path: Path, stored: Mapping[str, Mapping[str, StoredAs]]) -> None:
+    """Writes the asset, with a note of where codes are and without the time of day."""
     asset = program.save_asset(path)
-    asset.update_metadata(lambda metadata: setattr(metadata, "creation_date", None))
-    said = path / "metadata.json"
+    note: dict[str, Any] = {
+        component: {name: list(place) for name, place in matrices.items()}
+        for component, matrices in stored.items()
+    }
+
+    def describe(metadata: AIModelAssetMetadata) -> None:
+        metadata.creation_date = None
+        metadata.set_custom(NOTE, note)
+
+    asset.update_metadata(describe)
+    said = path / "metadata.json"  # its keys come in another order each time
     said.write_text(json.dumps(json.loads(said.read_bytes()), indent=2, sort_keys=True) + "\n")
 
 

@@ -13,14 +13,13 @@ from coreai._compiler.ir import (
     Location,
     Module,
     OpView,
-    RankedTensorType,
     StringAttr,
     SymbolTable,
 )
 from coreai.authoring import AIProgram
 from numpy.typing import NDArray
 
-from lorgnette.targets.coreai.constants import resource
+from lorgnette.targets.coreai.constants import resource, tensor_type
 
 BLOB_HEADER_BYTES = 4
 """A blob is printed with its alignment in front."""
@@ -67,7 +66,7 @@ def _name_computed(graphs: Iterable[OpView]) -> None:
             name = resource_name(op)
             if name.startswith("resource_"):
                 named.setdefault(name, f"computed_{len(named)}")
-                held = RankedTensorType(op.results[0].type)
+                held = tensor_type(op.operation.result)
                 op.attributes["value"] = resource(
                     named[name], held.element_type, tuple(held.shape), resource_bytes(op)
                 )
@@ -92,7 +91,7 @@ def resource_bytes(op: OpView) -> NDArray[np.uint8]:
     with op.operation.context, Location.unknown():
         alone = Module.create()
         op.operation.clone(ip=InsertionPoint(alone.body))
-        printed = alone.operation.get_asm()
+        printed = str(alone.operation.get_asm())
     blob = re.search(r'dialect_resources:.*?"0x([0-9A-Fa-f]*)"', printed, re.DOTALL)
     if blob is None:
         raise ValueError(f"constant {resource_name(op)} has no bytes")
@@ -110,7 +109,8 @@ def graphs_of(program: AIProgram) -> dict[str, OpView]:
 
 def operators_of(graph: OpView) -> Iterator[OpView]:
     """The operators of a graph, in order."""
-    yield from graph.regions[0].blocks[0].operations
+    (region,) = graph.regions
+    yield from region.blocks[0].operations
 
 
 def _callee(op: OpView) -> str:

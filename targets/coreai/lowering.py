@@ -94,9 +94,7 @@ class CoreAi:
         constants = Constants(quantized.sources)
         lowered: dict[str, LoweredComponent] = {}
         for graph, functions in assets.items():
-            counts = write_asset(
-                folder / graph, functions, quantized.sources, constants, progress
-            )
+            counts = write_asset(folder / graph, functions, quantized.sources, constants, progress)
             for name in dict.fromkeys(function.component.name for function in functions):
                 of_it = [each for each in functions if each.component.name == name]
                 lowered[name] = _report(graph, of_it, counts, constants)
@@ -128,3 +126,5 @@ def _report(
         exceptions=tuple(sorted(constants.exceptions[name])),
     )
 
+
+TARGETS: tuple[Target, ...] = (CoreAi(),)

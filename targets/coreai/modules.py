@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -30,7 +29,7 @@ class StoredLinear(nn.Module):
         if self.missing:
             x = functional.pad(x, (0, self.missing))
         y = stored_linear(x, self.matrix, self.rows)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias  # type: ignore[no-any-return]
 
 
 class StoredTable(nn.Module):
@@ -46,16 +45,21 @@ class StoredTable(nn.Module):
     def forward(self, token_ids: Tensor) -> Tensor:
         """Shapes: `[1, T]` to `[1, T, columns]`."""
         if not self.scheme.is_integer:
-            return stored_rows(token_ids, self.matrix, "values", self.columns)
+            return _rows(token_ids, self.matrix, "values", self.columns)
         groups, padded = self.scheme.groups(self.columns), self.scheme.padded(self.columns)
-        codes = stored_rows(token_ids, self.matrix, "codes", padded)
-        scales = stored_rows(token_ids, self.matrix, "scales", groups)
+        codes = _rows(token_ids, self.matrix, "codes", padded)
+        scales = _rows(token_ids, self.matrix, "scales", groups)
         grouped = codes.reshape(*token_ids.shape, groups, padded // groups)
         if not self.scheme.symmetric:
-            zeros = stored_rows(token_ids, self.matrix, "zero_points", groups)
+            zeros = _rows(token_ids, self.matrix, "zero_points", groups)
             grouped = grouped - zeros[..., None]
         values = (grouped * scales[..., None]).reshape(*token_ids.shape, padded)
         return values[..., : self.columns]
+
+
+def _rows(token_ids: Tensor, matrix: str, part: str, width: int) -> Tensor:
+    rows: Tensor = stored_rows(token_ids, matrix, part, width)
+    return rows
 
 
 class DecoderInPlace(nn.Module):
@@ -84,13 +88,16 @@ def stored_module(component: Component, source: QuantizedSource) -> nn.Module:
     module = build_module(component)
     for name, layer in list(module.named_modules()):
         if isinstance(layer, nn.Linear | nn.Embedding):
-            weight = f"{name}.weight"
+            weight = f"{name}.weight" if name else "weight"
             key, scheme = f"{component.name}/{weight}", source.rule(weight).scheme
             stored: nn.Module = (
                 StoredLinear(layer, key, scheme)
                 if isinstance(layer, nn.Linear)
                 else StoredTable(layer, key, scheme)
             )
-            module.set_submodule(name, stored)
+            if not name:  # a component that is one layer
+                module = stored
+            else:
+                module.set_submodule(name, stored)
     module.requires_grad_(False)
     return DecoderInPlace(module) if component.cache_inputs else module

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from coreai.authoring import AIModelAsset
+from coreai._compiler.ir import Module
+from coreai.authoring import AIModelAsset, Context
 from coreai.runtime import InferenceFunction, InferenceFunctionDescriptor, NDArrayDescriptor
 from coreai.runtime import NDArray as CoreArray
 from numpy.typing import NDArray
@@ -27,6 +28,8 @@ from lorgnette.manifest import FunctionEntry, TensorEntry
 from lorgnette.runtime.engines.engine import Float, Tiles
 
 Result = TypeVar("Result")
+PROGRAM = "main.mlirb"
+BYTECODE = b"ML\xefR"
 ENGINE_ERRORS = (RuntimeError, ValueError, KeyError, OSError)
 """What the library raises where an asset or a call is not as it should be."""
 
@@ -59,12 +62,13 @@ class CoreAiEngine:
     def embed(self, token_ids: NDArray[np.int64]) -> Float:
         """Embeddings of tokens. Shapes: `[T]` to `[T, D]`."""
         narrow = token_ids[None].astype(np.int32)
-        return self._call("embed", {"token_ids": narrow})["embeddings"][0].copy()
+        embeddings: Float = self._call("embed", {"token_ids": narrow})["embeddings"][0]
+        return embeddings.copy()
 
     def new_state(self) -> CoreAiDecoderState:
         """An empty KV cache of the bundle's context length."""
         states = {
-            tensor.name: CoreArray(np.zeros(tensor.shape, tensor.dtype))  # type: ignore[arg-type]
+            tensor.name: CoreArray(np.zeros([int(axis) for axis in tensor.shape], tensor.dtype))
             for tensor in self._entries["prefill"].states
         }
         return CoreAiDecoderState(self, states, self._bundle.manifest.context_length)
@@ -81,6 +85,7 @@ class CoreAiEngine:
     def _open(self, graph: str, entries: Sequence[FunctionEntry]) -> None:
         path = self._bundle.folder(graph)
         _check_files(self._bundle, graph)
+        _check_program(path / PROGRAM)
 
         async def load() -> list[InferenceFunction]:
             asset = AIModelAsset.load(path)
@@ -95,7 +100,7 @@ class CoreAiEngine:
             raise BundleError(
                 f"coreai-core {version('coreai-core')} refuses the asset",
                 where=path,
-                got=_first_line(error),
+                got=_one_line(error),
             ) from error
         for entry, function in zip(entries, functions, strict=True):
             _check_interface(function.desc, entry, path)
@@ -108,15 +113,15 @@ class CoreAiEngine:
         inputs: dict[str, NDArray[Any]],
         states: dict[str, CoreArray] | None = None,
     ) -> dict[str, NDArray[Any]]:
-        arrays = {name: CoreArray(array) for name, array in inputs.items()}
+        arrays: dict[str, Any] = {name: CoreArray(array) for name, array in inputs.items()}
         try:
-            outputs = self._loop.run(self._functions[entry_point](arrays, states))
+            outputs: dict[str, Any] = self._loop.run(self._functions[entry_point](arrays, states))
             return {name: array.numpy() for name, array in outputs.items()}
         except ENGINE_ERRORS as error:
             raise BundleError(
                 f"coreai-core {version('coreai-core')} failed",
                 where=entry_point,
-                got=_first_line(error),
+                got=_one_line(error),
                 hint="run `lorgnette verify` on the bundle",
             ) from error
 
@@ -124,9 +129,7 @@ class CoreAiEngine:
 class CoreAiDecoderState:
     """A KV cache: states that the functions write in place."""
 
-    def __init__(
-        self, engine: CoreAiEngine, states: dict[str, CoreArray], capacity: int
-    ) -> None:
+    def __init__(self, engine: CoreAiEngine, states: dict[str, CoreArray], capacity: int) -> None:
         """Takes states of zeros."""
         self.capacity = capacity
         self._engine = engine
@@ -175,9 +178,21 @@ def _check_files(bundle: Bundle, graph: str) -> None:
             )
 
 
-def _check_interface(
-    found: InferenceFunctionDescriptor, entry: FunctionEntry, path: Path
-) -> None:
+def _check_program(path: Path) -> None:
+    """Parses a program: the library ends the process where it loads one that is broken."""
+    data = path.read_bytes() if path.is_file() else b""
+    got = "no program in Core AI's bytecode"
+    if data.startswith(BYTECODE):
+        try:
+            Module.parse(data, Context()._mlir_context)
+        except Exception as error:
+            got = _one_line(error)
+        else:
+            return
+    raise BundleError("the program is damaged", where=path, got=got)
+
+
+def _check_interface(found: InferenceFunctionDescriptor, entry: FunctionEntry, path: Path) -> None:
     """The function must take and give what the manifest promises."""
     for promised, names, describe in (
         (entry.inputs, found.input_names, found.input_descriptor),
@@ -207,8 +222,8 @@ def _described(name: str, tensor: NDArrayDescriptor) -> str:
     return f"{name} {tensor.dtype} {[-1 if axis is None else axis for axis in tensor.shape]}"
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextlib.contextmanager
