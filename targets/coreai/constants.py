@@ -128,10 +128,9 @@ class Constants:
             if part == "zero_points":
                 return integer_type(scheme), groups, pack(made.zero_points, scheme.bits)
             if part == "palette":
-                assert_tables = made.tables
-                if assert_tables is None:
+                if made.tables is None:
                     raise ValueError(f"{key} has no palette")
-                tables = assert_tables.reshape(len(assert_tables), 1, -1, 1)
+                tables = made.tables.reshape(len(made.tables), 1, -1, 1)
                 return F32Type.get(), tables.shape, tables
             narrow = scheme.scale_bits == 16 and made.scales.size >= FOLDED_ELEMENTS
             kind, dtype = (F16Type, np.float16) if narrow else (F32Type, np.float32)

@@ -91,9 +91,9 @@ class CoreAi:
                 Function("decode", decoder, capacity | {"T": 1}),
             ),
         }
-        constants = Constants(quantized.sources)
         lowered: dict[str, LoweredComponent] = {}
         for graph, functions in assets.items():
+            constants = Constants(quantized.sources)
             counts = write_asset(folder / graph, functions, quantized.sources, constants, progress)
             for name in dict.fromkeys(function.component.name for function in functions):
                 of_it = [each for each in functions if each.component.name == name]

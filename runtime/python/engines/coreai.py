@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from coreai._compiler.ir import Module
+from coreai._compiler.ir import MLIRError, Module  # type: ignore[attr-defined]
 from coreai.authoring import AIModelAsset, Context
 from coreai.runtime import InferenceFunction, InferenceFunctionDescriptor, NDArrayDescriptor
 from coreai.runtime import NDArray as CoreArray
@@ -185,7 +185,7 @@ def _check_program(path: Path) -> None:
     if data.startswith(BYTECODE):
         try:
             Module.parse(data, Context()._mlir_context)
-        except Exception as error:
+        except MLIRError as error:
             got = _one_line(error)
         else:
             return
