@@ -30,6 +30,7 @@ from coreai.runtime import AIModelAssetMetadata
 from lorgnette.export.component import Component, TensorSpec
 from lorgnette.manifest import FunctionEntry, TensorEntry
 from lorgnette.quantize.store import QuantizedSource
+from lorgnette.targets.coreai.composites import rms_norm
 from lorgnette.targets.coreai.constants import Constants, StoredAs, constant, resource, tensor_type
 from lorgnette.targets.coreai.graphs import in_order
 from lorgnette.targets.coreai.modules import PREFIX, stored_module
@@ -190,6 +191,12 @@ def _register(converter: coreai_torch.TorchConverter, constants: Constants) -> N
         stop = core.concat(0, [[batch], [heads], end, [size]])
         return core.slice_update(cache, start, stop, [1, 1, 1, 1], new)
 
+    def norm(values: Values, node: torch.fx.Node, location: Location) -> Value:
+        x, weight = values[_name(node, 0)], values[_name(node, 2)]
+        return rms_norm(x, weight, float(str(node.args[3])))
+
+    # By default it would fall apart into six operators.
+    converter.register_torch_lowering("aten::rms_norm.default", allow_override=True)(norm)
     for name, lowering in (
         ("stored_linear", linear),
         ("stored_rows", rows),

@@ -92,6 +92,7 @@ def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., object]]:
     import coreai_torch
 
     table: dict[torch._ops.OperatorBase, Callable[..., object]] = coreai_torch.get_decomp_table()
+    table.pop(torch.ops.aten.rms_norm.default, None)  # stays whole, as the converter's norms do
     table[torch.ops.lorgnette.bidirectional_attention.default] = bidirectional_math
     table[torch.ops.lorgnette.cached_attention.default] = _cached
     return table

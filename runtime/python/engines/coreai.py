@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import threading
+import weakref
 from collections.abc import Coroutine, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -151,6 +152,7 @@ class _Loop:
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="coreai", daemon=True).start()
+        weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
 
     def run(self, task: Coroutine[Any, Any, Result]) -> Result:
         """Waits for what a coroutine gives."""
