@@ -30,15 +30,13 @@ from coreai.runtime import AIModelAssetMetadata
 from lorgnette.export.component import Component, TensorSpec
 from lorgnette.manifest import FunctionEntry, TensorEntry
 from lorgnette.quantize.store import QuantizedSource
-from lorgnette.targets.coreai.composites import rms_norm
+from lorgnette.targets.coreai.composites import cached_attention, rms_norm
 from lorgnette.targets.coreai.constants import Constants, StoredAs, constant, resource, tensor_type
 from lorgnette.targets.coreai.graphs import in_order
 from lorgnette.targets.coreai.modules import PREFIX, stored_module
 from lorgnette.targets.coreai.operators import NAMESPACE, decompositions
 
 Values = dict[str, Value]
-EXAMPLE_LENGTH = 7
-"""What a dynamic axis is traced with: not 0 or 1, which torch.export takes for constants."""
 NARROW = {torch.int64: torch.int32}
 """Core AI has no numbers of 64 bits."""
 NOTE = "lorgnette.matrices"
@@ -147,8 +145,11 @@ def _trace(function: Function, source: QuantizedSource) -> ExportedProgram:
         if name not in function.sizes
     }
 
+    # torch.export takes equal sizes for one, and 0 and 1 for constants.
+    sizes = {name: 7 + 2 * index for index, name in enumerate(dims)}
+
     def example(spec: TensorSpec) -> Tensor:
-        shape = [EXAMPLE_LENGTH if isinstance(a, str) else a for a in function.shape(spec)]
+        shape = [sizes[a] if isinstance(a, str) else a for a in function.shape(spec)]
         return torch.empty(shape, dtype=spec.dtype, device="meta")
 
     def dynamic(spec: TensorSpec) -> dict[int, Dim]:
@@ -191,6 +192,10 @@ def _register(converter: coreai_torch.TorchConverter, constants: Constants) -> N
         stop = core.concat(0, [[batch], [heads], end, [size]])
         return core.slice_update(cache, start, stop, [1, 1, 1, 1], new)
 
+    def attend(values: Values, node: torch.fx.Node, location: Location) -> Value:
+        query, keys, cached, past = (values[_name(node, i)] for i in range(4))
+        return cached_attention(query, keys, cached, past)
+
     def norm(values: Values, node: torch.fx.Node, location: Location) -> Value:
         x, weight = values[_name(node, 0)], values[_name(node, 2)]
         return rms_norm(x, weight, float(str(node.args[3])))
@@ -200,6 +205,7 @@ def _register(converter: coreai_torch.TorchConverter, constants: Constants) -> N
     for name, lowering in (
         ("stored_linear", linear),
         ("stored_rows", rows),
+        ("attend", attend),
         ("write_positions", write),
     ):
         converter.register_torch_lowering(f"{NAMESPACE}::{name}.default")(lowering)

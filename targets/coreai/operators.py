@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from lorgnette.export.layers.attention import bidirectional_math, merge_heads, split_heads
 from lorgnette.export.layers.rope import apply_rope
@@ -58,6 +57,20 @@ def _(cache: Tensor, new: Tensor, past_length: Tensor) -> Tensor:
     return torch.empty_like(cache)
 
 
+@torch.library.custom_op(f"{NAMESPACE}::attend", mutates_args=())
+def attend(query: Tensor, keys: Tensor, values: Tensor, past_length: Tensor) -> Tensor:
+    """Causal attention of new positions to the filled ones of a cache.
+
+    Shapes: `[1, H, T, Dh]`, caches `[1, Hkv, S, Dh]`, int32 `[1]`; returns `[1, H, T, Dh]`.
+    """
+    raise NotImplementedError("known only to the converter")
+
+
+@attend.register_fake
+def _(query: Tensor, keys: Tensor, values: Tensor, past_length: Tensor) -> Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
 def _cached(
     qkv: Tensor,
     key_cache: Tensor,
@@ -68,11 +81,11 @@ def _cached(
     heads: int,
     kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`cached_math`, writing a slice where that scatters rows.
+    """`cached_math` in operators that the converter is told of.
 
-    The converter knows no scatter of a length that is found at run time.
+    It knows neither a scatter nor a slice of a length that is found at run time.
     """
-    capacity, size = key_cache.shape[2:]
+    size = key_cache.shape[3]
     q, k, v = torch.split(qkv, [heads * size, kv_heads * size, kv_heads * size], dim=-1)
     at = past_length.to(torch.int64) + torch.arange(qkv.shape[1], device=qkv.device)
     new_cos, new_sin = cos[at], sin[at]
@@ -80,10 +93,7 @@ def _cached(
     key = apply_rope(split_heads(k, kv_heads), new_cos, new_sin)
     keys = write_positions(key_cache, key, past_length)
     values = write_positions(value_cache, split_heads(v, kv_heads), past_length)
-    visible = torch.arange(capacity, device=qkv.device) <= at[:, None]
-    out = functional.scaled_dot_product_attention(
-        query, keys, values, attn_mask=visible, enable_gqa=heads != kv_heads
-    )
+    out = attend(query, keys, values, past_length)
     return merge_heads(out), keys, values
 
 
