@@ -12,7 +12,6 @@ from coreai_torch import generate_composite_decl
 
 from lorgnette.targets.coreai.constants import tensor_type
 
-
 MASKED = -1e30
 """The score of a position that must not be seen: its weight is exactly 0."""
 
@@ -29,8 +28,8 @@ def cached_attention(query: Value, keys: Value, values: Value, past_length: Valu
     seen, rows = (core.range_(0, core.reshape(stop, []), 1) for stop in (end, new))
     at = core.expand_dims(core.broadcasting_add(past_length, rows), [1])
     hidden = core.broadcasting_greater(core.expand_dims(seen, [0]), at)
-    filled = [_first_positions(cache, end) for cache in (keys, values)]
-    return _attention(query, *filled, core.not_(hidden))
+    filled_keys, filled_values = _first_positions(keys, end), _first_positions(values, end)
+    return _attention(query, filled_keys, filled_values, core.not_(hidden))
 
 
 def _first_positions(cache: Value, end: Value) -> Value:
@@ -41,7 +40,9 @@ def _first_positions(cache: Value, end: Value) -> Value:
     )
     stop = core.concat(0, [[batch], [heads], end, [size]])
     start, step = core.constant([0, 0, 0, 0]), core.constant([1, 1, 1, 1])
-    found: Value = core.SliceOp(cache, start, stop, step, results=[kept]).result
+    found: Value = core.SliceOp(  # type: ignore[no-untyped-call]
+        cache, start, stop, step, results=[kept]
+    ).result
     return found
 
 
@@ -78,7 +79,10 @@ def _attention(query: Value, keys: Value, values: Value, visible: Value) -> Valu
         )
         mixed = core.broadcasting_batch_matmul(weights, v)
         shape = core.concat(0, [[1], [heads], new, [size]])
-        return core.ReshapeOp(mixed, shape, results=[q.type]).result
+        out: Value = core.ReshapeOp(  # type: ignore[no-untyped-call]
+            mixed, shape, results=[q.type]
+        ).result
+        return out
 
     found: Value = sdpa(query, keys, values, visible)[0]
     return found

@@ -82,13 +82,12 @@ class CoreAi:
         vision, table, decoder = (
             components[name] for name in ("vision_encoder", "token_embedding", "decoder")
         )
-        capacity = {"S": parts.context_length}
         assets = {
             VISION: (Function("encode", vision, {"G": 1}),),
             TEXT: (
                 Function("embed", table, {}),
-                Function("prefill", decoder, capacity),
-                Function("decode", decoder, capacity | {"T": 1}),
+                Function("prefill", decoder, {}),
+                Function("decode", decoder, {"T": 1}),
             ),
         }
         lowered: dict[str, LoweredComponent] = {}

@@ -107,6 +107,19 @@ def test_a_cache_is_cut_back_and_filled_to_its_end(made: Made) -> None:
     assert relative(again, wanted[1]) < BOUND
 
 
+def test_a_cache_grows_and_keeps_what_it_holds(
+    small: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorgnette.runtime.engines.coreai.FIRST_POSITIONS", 8)
+    embeddings = small.eager.embed(prompt_ids(small.eager, 1))
+    chunks = [6, 1, 1, 1, len(embeddings[0]) - 9]
+    wanted = small.eager.logits(embeddings, chunks).numpy()
+    state, past = small.engine.new_state(), 0
+    for size, each in zip(chunks, wanted, strict=True):
+        assert relative(state.run(embeddings[0, past : past + size].numpy(), past), each) < BOUND
+        past += size
+
+
 def test_two_states_know_nothing_of_each_other(made: Made) -> None:
     ids = prompt_ids(made.eager, 1)
     embeddings = made.eager.embed(ids)

@@ -29,6 +29,8 @@ from lorgnette.manifest import FunctionEntry, TensorEntry
 from lorgnette.runtime.engines.engine import Float, Tiles
 
 Result = TypeVar("Result")
+FIRST_POSITIONS = 512
+"""Positions that a new KV cache has room for."""
 PROGRAM = "main.mlirb"
 BYTECODE = b"ML\xefR"
 ENGINE_ERRORS = (RuntimeError, ValueError, KeyError, OSError)
@@ -68,11 +70,9 @@ class CoreAiEngine:
 
     def new_state(self) -> CoreAiDecoderState:
         """An empty KV cache of the bundle's context length."""
-        states = {
-            tensor.name: CoreArray(np.zeros([int(axis) for axis in tensor.shape], tensor.dtype))
-            for tensor in self._entries["prefill"].states
-        }
-        return CoreAiDecoderState(self, states, self._bundle.manifest.context_length)
+        return CoreAiDecoderState(
+            self, self._entries["prefill"].states, self._bundle.manifest.context_length
+        )
 
     def decode(self, embeddings: Float, past_length: int, states: dict[str, CoreArray]) -> Float:
         """Runs T positions, which are written to the states. Shapes: `[T, D]` to `[V]`."""
@@ -128,22 +128,44 @@ class CoreAiEngine:
 
 
 class CoreAiDecoderState:
-    """A KV cache: states that the functions write in place."""
+    """A KV cache: states that the functions write in place.
 
-    def __init__(self, engine: CoreAiEngine, states: dict[str, CoreArray], capacity: int) -> None:
-        """Takes states of zeros."""
+    They double when they are full, up to the context length, so that a short answer of a model
+    with a long context takes little memory.
+    """
+
+    def __init__(self, engine: CoreAiEngine, tensors: Sequence[TensorEntry], capacity: int) -> None:
+        """Starts with an empty cache."""
         self.capacity = capacity
         self._engine = engine
-        self._states = states
+        self._tensors = tensors
+        self._states: dict[str, CoreArray] = {}
+        self._allocated = 0
 
     def run(self, embeddings: Float, past_length: int) -> Float:
         """Appends T positions after `past_length` and gives the logits behind the last.
 
         Shapes: `embeddings` `[T, D]`; returns `[V]`, valid until the next call.
         """
-        if past_length + len(embeddings) > self.capacity:
+        needed = past_length + len(embeddings)
+        if needed > self.capacity:
             raise ValueError(f"{past_length} + {len(embeddings)} positions in {self.capacity}")
+        self._reserve(needed, past_length)
         return self._engine.decode(embeddings, past_length, self._states)
+
+    def _reserve(self, needed: int, keep: int) -> None:
+        """Makes room for `needed` positions, keeping the first `keep`."""
+        if needed <= self._allocated:
+            return
+        doubled = max(FIRST_POSITIONS, 1 << (needed - 1).bit_length())
+        self._allocated = min(doubled, self.capacity)
+        for tensor in self._tensors:
+            shape = [self._allocated if isinstance(a, str) else a for a in tensor.shape]
+            grown = np.zeros(shape, tensor.dtype)
+            if tensor.name in self._states:
+                kept = self._states[tensor.name].numpy()[:, :, :keep]
+                grown[:, :, : kept.shape[2]] = kept
+            self._states[tensor.name] = CoreArray(grown)
 
 
 class _Loop:
