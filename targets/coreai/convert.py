@@ -110,12 +110,12 @@ def write_asset(
     Returns:
         For each function, by name, how often each operator stands in it.
     """
-    with _quiet():
-        converter = _Converter(mode=coreai_torch.TorchConverter.Mode.RELEASE)
-        _register(converter, constants)
-        for function in functions:
-            progress(f"trace {function.name}")
-            component = function.component
+    converter = _Converter(mode=coreai_torch.TorchConverter.Mode.RELEASE)
+    _register(converter, constants)
+    for function in functions:
+        progress(f"trace {function.name}")
+        component = function.component
+        with _quiet():
             converter.add_exported_program(
                 _trace(function, sources[component.name]),
                 input_names=[spec.name for spec in component.inputs],
@@ -123,11 +123,13 @@ def write_asset(
                 state_names=[state_name(spec) for spec in component.cache_inputs],
                 entrypoint_name=function.name,
             )
-        progress(f"convert {path.name}")
+    progress(f"convert {path.stem}")
+    with _quiet():
         program = converter.to_coreai()
-        names = dict.fromkeys(function.component.name for function in functions)
-        operators = in_order(program, [function.name for function in functions])
-        _save(program, path, {name: constants.stored(name) for name in names})
+    operators = in_order(program, [function.name for function in functions])
+    progress(f"write {path.name}")
+    names = dict.fromkeys(function.component.name for function in functions)
+    _save(program, path, {name: constants.stored(name) for name in names})
     return operators
 
 
