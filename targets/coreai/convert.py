@@ -23,7 +23,7 @@ with warnings.catch_warnings():
     import coreai_torch
 
 from coreai._compiler.dialects import coreai as core
-from coreai._compiler.ir import F32Type, Location, Value
+from coreai._compiler.ir import Attribute, F32Type, Location, Value
 from coreai.authoring import AIProgram
 from coreai.runtime import AIModelAssetMetadata
 
@@ -80,15 +80,24 @@ class Function:
 
 
 class _Converter(coreai_torch.TorchConverter):
-    """The library's, with names of constants that depend on nothing but what they hold."""
+    """The library's, with names of constants that depend on nothing but what they hold.
+
+    Constants of equal numbers are one, in whatever functions they stand.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(mode=coreai_torch.TorchConverter.Mode.RELEASE)
+        self._kept: dict[str, Attribute] = {}
 
     def _constant_from_tensor(self, tensor: Tensor) -> Value:
         if tensor.dtype != torch.float32 or tensor.numel() < MIN_RESOURCE:
             return super()._constant_from_tensor(tensor)
         array = tensor.detach().numpy()
-        digest = hashlib.sha256(array.tobytes()).hexdigest()[:32]
-        value = resource(f"float32_{digest}", F32Type.get(), tuple(tensor.shape), array)
-        return constant(value)
+        shape = tuple(tensor.shape)
+        name = f"{shape} {hashlib.sha256(array.tobytes()).hexdigest()[:32]}"
+        if name not in self._kept:
+            self._kept[name] = resource(name, F32Type.get(), shape, array)
+        return constant(self._kept[name])
 
 
 def write_asset(
@@ -110,7 +119,7 @@ def write_asset(
     Returns:
         For each function, by name, how often each operator stands in it.
     """
-    converter = _Converter(mode=coreai_torch.TorchConverter.Mode.RELEASE)
+    converter = _Converter()
     _register(converter, constants)
     for function in functions:
         progress(f"trace {function.name}")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from coreai._compiler.ir import (
+    Attribute,
     DenseResourceElementsAttr,
     InsertionPoint,
     Location,
@@ -60,16 +61,17 @@ def in_order(program: AIProgram, functions: Sequence[str]) -> dict[str, dict[str
 
 
 def _name_computed(graphs: Iterable[OpView]) -> None:
-    named: dict[str, str] = {}
+    named: dict[str, Attribute] = {}
     for graph in graphs:
         for op in operators_of(graph):
             name = resource_name(op)
             if name.startswith("resource_"):
-                named.setdefault(name, f"computed_{len(named)}")
-                held = tensor_type(op.operation.result)
-                op.attributes["value"] = resource(
-                    named[name], held.element_type, tuple(held.shape), resource_bytes(op)
-                )
+                if name not in named:
+                    held = tensor_type(op.operation.result)
+                    shape, data = tuple(held.shape), resource_bytes(op)
+                    called = f"computed_{len(named)}"
+                    named[name] = resource(called, held.element_type, shape, data)
+                op.attributes["value"] = named[name]
 
 
 def resource_name(op: OpView) -> str:

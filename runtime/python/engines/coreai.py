@@ -31,6 +31,13 @@ from lorgnette.runtime.engines.engine import Float, Tiles
 Result = TypeVar("Result")
 FIRST_POSITIONS = 512
 """Positions that a new KV cache has room for."""
+TENSORS = {
+    "encode": {"tiles", "image_tokens"},
+    "embed": {"token_ids", "embeddings"},
+    "prefill": {"embeddings", "past_length", "logits"},
+    "decode": {"embeddings", "past_length", "logits"},
+}
+"""What the functions take and give, besides states."""
 PROGRAM = "main.mlirb"
 BYTECODE = b"ML\xefR"
 ENGINE_ERRORS = (RuntimeError, ValueError, KeyError, OSError)
@@ -51,10 +58,15 @@ class CoreAiEngine:
             by_graph.setdefault(component.graph, []).extend(component.functions)
         for graph, entries in by_graph.items():
             self._open(graph, entries)
-        for name in ("encode", "embed", "prefill", "decode"):
-            if name not in self._functions:
+        for name, tensors in TENSORS.items():
+            entry = self._entries.get(name)
+            found = {tensor.name for tensor in (*entry.inputs, *entry.outputs)} if entry else set()
+            if found != tensors:
                 raise BundleError(
-                    f"no function is the entry point '{name}'", where=bundle.path / "manifest.json"
+                    f"the entry point '{name}' does not have the right inputs and outputs",
+                    where=bundle.path / "manifest.json",
+                    got=", ".join(sorted(found)) or "no function",
+                    wanted=", ".join(sorted(tensors)),
                 )
 
     def encode(self, tiles: Tiles) -> Float:
