@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 
-import coreai.authoring  # noqa: F401 - the dialect can be imported only behind it
 import numpy as np
-from coreai._compiler.dialects import coreai as core
 from coreai._compiler.ir import RankedTensorType, Value
-from coreai_torch import generate_composite_decl
 
 from lorgnette.targets.coreai.constants import tensor_type
+from lorgnette.targets.coreai.library import core, coreai_torch
 
 MASKED = -1e30
 """The score of a position that must not be seen: its weight is exactly 0."""
@@ -56,7 +54,7 @@ def _attention(query: Value, keys: Value, values: Value, visible: Value) -> Valu
     """
     attributes = {"is_causal": False, "window_size": 0, "version": 1}
     names = ["query", "key", "value", "attn_mask"]
-    declared = generate_composite_decl(
+    declared = coreai_torch.generate_composite_decl(
         query.context, "scaled_dot_product_attention", names, ["output"], attributes
     )
     _, heads, _, size = tensor_type(query).shape
@@ -95,7 +93,7 @@ def rms_norm(x: Value, weight: Value, eps: float) -> Value:
     Source: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     attributes = {"eps": eps, "axes": -1, "version": 1}
-    declared = generate_composite_decl(
+    declared = coreai_torch.generate_composite_decl(
         x.context, "rms_norm", ["input", "scale"], ["output"], attributes
     )
 

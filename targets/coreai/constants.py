@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import coreai.authoring  # noqa: F401 - the dialect can be imported only behind it
 import numpy as np
-from coreai._compiler.dialects import coreai as core
 from coreai._compiler.ir import (
     Attribute,
     DenseResourceElementsAttr,
@@ -27,6 +25,7 @@ from numpy.typing import NDArray
 
 from lorgnette.quantize.scheme import QuantScheme, QuantTensor
 from lorgnette.quantize.store import QuantizedSource
+from lorgnette.targets.coreai.library import core
 
 FOLDED_ELEMENTS = 262144
 """The converter turns a cast of a smaller constant into a constant of the wider type, so that

@@ -14,18 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.export import Dim, ExportedProgram
-
-with warnings.catch_warnings():
-    # It takes the CPU build "2.13.0+cpu" for a version behind the 2.13.0 that it was tested with.
-    warnings.filterwarnings("ignore", message="coreai-torch has only been validated")
-    import coreai_torch
-
-from coreai._compiler.dialects import coreai as core
 from coreai._compiler.ir import Attribute, F32Type, Location, Value
 from coreai.authoring import AIProgram
 from coreai.runtime import AIModelAssetMetadata
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
 
 from lorgnette.export.component import Component, TensorSpec
 from lorgnette.manifest import FunctionEntry, TensorEntry
@@ -33,6 +26,7 @@ from lorgnette.quantize.store import QuantizedSource
 from lorgnette.targets.coreai.composites import cached_attention, rms_norm
 from lorgnette.targets.coreai.constants import Constants, StoredAs, constant, resource, tensor_type
 from lorgnette.targets.coreai.graphs import in_order
+from lorgnette.targets.coreai.library import core, coreai_torch
 from lorgnette.targets.coreai.modules import PREFIX, stored_module
 from lorgnette.targets.coreai.operators import NAMESPACE, decompositions
 

@@ -99,7 +99,7 @@ def _cached(
 
 def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., object]]:
     """The converter's decompositions, and the two attentions as what it knows."""
-    import coreai_torch
+    from lorgnette.targets.coreai.library import coreai_torch
 
     table: dict[torch._ops.OperatorBase, Callable[..., object]] = coreai_torch.get_decomp_table()
     table.pop(torch.ops.aten.rms_norm.default, None)  # stays whole, as the converter's norms do
