@@ -26,9 +26,8 @@ BOUND = 1e-5
 """Of float32 sums in another order; measured: up to 2e-6."""
 FEW = [
     ("smolvlm", "fp32"),
-    ("smolvlm", "int4-fast"),
-    ("mobilevlm-v1", "int8"),
-    ("mobilevlm-v2", "fp16"),
+    ("mobilevlm-v1", "fp16"),
+    ("mobilevlm-v2", "int8"),
     ("omnivlm", "int4-fast"),
 ]
 REST = [
