@@ -82,17 +82,35 @@ def find_pieces(
         RuntimeError: One lies nowhere: the library has rounded or cut it in a way of its own.
     """
     known = [constant_keys(graph) for graph in graphs]
-    return {
-        name: [_find_piece(name, piece, known) for piece in parts] for name, parts in pieces.items()
-    }
+    found = {}
+    for name, parts in pieces.items():
+        places = [_find_piece(piece, known, graphs) for piece in parts]
+        if None in places:
+            raise RuntimeError(f"matrix '{name}' is in no delegate with the codes it was given")
+        found[name] = [place for place in places if place is not None]
+    return found
 
 
-def _find_piece(name: str, piece: TokenLinear, known: list[dict[str, int]]) -> dict[str, int]:
+def _find_piece(
+    piece: TokenLinear, known: list[dict[str, int]], graphs: list[XnnGraph]
+) -> dict[str, int] | None:
     wanted = {"codes": code_key(piece)}
-    for part, tensor in (("missing", piece.missing), ("signs", piece.signs)):
-        if tensor is not None:
-            wanted[part] = key_of(tensor)
+    if piece.missing is not None:
+        wanted["missing"] = key_of(piece.missing)
     for number, keys in enumerate(known):
         if all(key in keys for key in wanted.values()):
-            return {"delegate": number, **{part: keys[key] for part, key in wanted.items()}}
-    raise RuntimeError(f"matrix '{name}' is in no delegate with the codes that it was given")
+            place = {"delegate": number, **{part: keys[key] for part, key in wanted.items()}}
+            if piece.signs is not None:
+                place["signs"] = _factor_behind(graphs[number], place["codes"])
+            return place
+    return None
+
+
+def _factor_behind(graph: XnnGraph, codes: int) -> int:
+    """The value that the product with a matrix is multiplied by, element by element."""
+    nodes = [(node["xnode_union_type"], node["xnode_union"]) for node in graph["xnodes"]]
+    (product,) = [node["output_id"] for _, node in nodes if node.get("filter_id") == codes]
+    for kind, node in nodes:
+        if kind == "XNNMultiply" and node["input1_id"] == product:
+            return int(node["input2_id"])
+    raise RuntimeError("the signs of rows are not where they were written")
