@@ -32,18 +32,25 @@ class Builder:
         pieces: The layers that each matrix of integers became, by its name.
     """
 
-    def __init__(self, component: Component, source: QuantizedSource) -> None:
+    def __init__(
+        self,
+        component: Component,
+        source: QuantizedSource,
+        *,
+        norms: bool = True,
+    ) -> None:
         """Starts with nothing read.
 
         Args:
             component: What is lowered.
             source: Its weights, and how they are rounded.
+            norms: Whether norms are written out in steps.
         """
         self.weight_bytes: Counter[str] = Counter()
         self.kept_in_float: dict[str, str] = {}
         self.exceptions: list[str] = []
         self.pieces: dict[str, list[TokenLinear]] = {}
-        self._component = component
+        self._component, self._norms = component, norms
         self._source = source
 
     def build(self) -> nn.Module:
@@ -65,7 +72,7 @@ class Builder:
 
     def _replaced(self, module: nn.Module, name: str) -> nn.Module:
         """A module in the target's operators, with all that is in it."""
-        made = rewritten(module)
+        made = rewritten(module, norms=self._norms)
         splits: dict[str, list[int]] = getattr(made, "splits", {})
         for child_name, child in list(made.named_children()):
             full = f"{name}.{child_name}" if name else child_name
@@ -96,6 +103,8 @@ class Builder:
         for rows, part in zip(split, biases, strict=True):
             made.append(TokenLinear(_rows(codes, start, start + rows), part))
             start += rows
+            missing = made[-1].missing
+            self.weight_bytes["float32"] += 0 if missing is None else 4 * missing.numel()
         self.pieces[weight] = made
         return TokenLinears(made, single=single)
 

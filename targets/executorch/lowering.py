@@ -80,7 +80,7 @@ class ExecutorchXnnpack:
         progress: Callable[[str], None],
     ) -> list[LoweredComponent]:
         """Writes one file of three methods, and where each matrix lies in it."""
-        from lorgnette.targets.executorch.xnnpack import lower_model
+        from lorgnette.targets.executorch.model import lower_model
 
         (folder / GRAPHS).mkdir()
         return lower_model(parts, quantized, folder, progress)
@@ -156,4 +156,78 @@ def _all_in_float(matrices: Sequence[Matrix], plan: QuantPlan) -> list[str]:
     ]
 
 
-TARGETS: tuple[Target, ...] = (ExecutorchXnnpack(),)  # type: ignore[assignment]
+class ExecutorchCoreml(ExecutorchXnnpack):
+    """The vision encoder for Core ML, the rest for XNNPACK; lowered here and run nowhere here."""
+
+    name = "executorch-coreml"
+    capabilities = Capabilities(
+        matrices=(FLOATS,),
+        tables=(FLOATS,),
+        cache_style="state",
+        cache_bits=(32,),
+        engine="executorch",
+        engine_min_version="1.5.1",
+        engine_package="executorch",
+        extra="executorch",
+        arithmetic="float16",
+        os_floor="iOS 18, macOS 15",
+        summary="ExecuTorch with Core ML for the vision encoder and XNNPACK for the rest",
+        not_run="ExecuTorch's Core ML delegate is in its runtime for Apple systems only",
+    )
+
+    def missing(self) -> str:
+        """What lowering needs and this machine lacks; empty where nothing is."""
+        if importlib.util.find_spec("coremltools") is None:
+            return "coremltools is not installed (pip install 'lorgnette[coreml]')"
+        return missing_package()
+
+    def lower(
+        self,
+        parts: Parts,
+        quantized: QuantizedModel,
+        folder: Path,
+        progress: Callable[[str], None],
+    ) -> list[LoweredComponent]:
+        """Writes one file of three methods, and where each matrix lies in it."""
+        from lorgnette.targets.executorch.lower_only import coreml_delegates
+        from lorgnette.targets.executorch.model import lower_model
+
+        (folder / GRAPHS).mkdir()
+        delegates = coreml_delegates(float32=quantized.plan.name == "fp32")
+        return lower_model(parts, quantized, folder, progress, delegates)
+
+
+class ExecutorchVulkan(ExecutorchXnnpack):
+    """Every component for a GPU with Vulkan; lowered here and run nowhere here."""
+
+    name = "executorch-vulkan"
+    capabilities = Capabilities(
+        matrices=(FLOATS,),
+        tables=(FLOATS,),
+        cache_style="state",
+        cache_bits=(32,),
+        engine="executorch",
+        engine_min_version="1.5.1",
+        engine_package="executorch",
+        extra="executorch",
+        os_floor="Android 10 with Vulkan 1.1",
+        summary="ExecuTorch with Vulkan on the GPU of an Android device",
+        not_run="ExecuTorch's Vulkan delegate is in its runtime for Android only",
+    )
+
+    def lower(
+        self,
+        parts: Parts,
+        quantized: QuantizedModel,
+        folder: Path,
+        progress: Callable[[str], None],
+    ) -> list[LoweredComponent]:
+        """Writes one file of three methods, and where each matrix lies in it."""
+        from lorgnette.targets.executorch.lower_only import vulkan_delegates
+        from lorgnette.targets.executorch.model import lower_model
+
+        (folder / GRAPHS).mkdir()
+        return lower_model(parts, quantized, folder, progress, vulkan_delegates())
+
+
+TARGETS: tuple[Target, ...] = (ExecutorchXnnpack(), ExecutorchCoreml(), ExecutorchVulkan())  # type: ignore[assignment]

@@ -186,9 +186,10 @@ class StateAttention(nn.Module):
         v = v.reshape(1, -1, self.kv_heads, self.size)
         q = q * cos + functional.linear(q, self.turn) * sin
         k = k * cos + functional.linear(k, self.turn) * sin
-        torch.ops.llama.update_cache(k, self.keys, start)
-        torch.ops.llama.update_cache(v, self.values, start)
-        mixed = torch.ops.llama.custom_sdpa(q, self.keys, self.values, start, None, 0.0, True)
+        ops = torch.ops.llama
+        ops.update_cache(k, self.keys, start)
+        ops.update_cache(v, self.values, start)
+        mixed = ops.custom_sdpa(q, self.keys, self.values, start, None, 0.0, True)
         return self.o_proj(mixed.reshape(1, -1, self.heads * self.size))  # type: ignore[no-any-return]
 
 
@@ -236,7 +237,7 @@ class TextDecoder(nn.Module):
         """Takes its parts, whose rotary tables are filled."""
         super().__init__()
         self.capacity = len(decoder.cos)
-        layers = (StateLayer(layer, self.capacity) for layer in decoder.layers)  # type: ignore[arg-type]
+        layers = [StateLayer(each, self.capacity) for each in decoder.layers]  # type: ignore[arg-type]
         self.layers = nn.ModuleList(layers)
         self.norm, self.head = decoder.norm, decoder.head
         self.cos = nn.Buffer(torch.cat([decoder.cos, decoder.cos], 1))
@@ -257,13 +258,18 @@ class TextDecoder(nn.Module):
         return self.head(self.norm(x[:, -1]))  # type: ignore[no-any-return]
 
 
-def rewritten(module: nn.Module) -> nn.Module:
-    """A module in the target's operators, around the children that it had."""
+def rewritten(module: nn.Module, *, norms: bool = True) -> nn.Module:
+    """A module in the target's operators, around the children that it had.
+
+    Args:
+        module: A module as families build it.
+        norms: Whether norms are written out, too.
+    """
     if isinstance(module, PatchEmbedding):
         return FloatPatchEmbedding(module)
-    if isinstance(module, nn.LayerNorm):
+    if isinstance(module, nn.LayerNorm) and norms:
         return PlainLayerNorm(module)
-    if isinstance(module, RMSNorm):
+    if isinstance(module, RMSNorm) and norms:
         return PlainRMSNorm(module)
     if isinstance(module, MLP) and module.activation == "gelu_tanh":
         return TanhMLP(module)

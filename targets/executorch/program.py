@@ -24,6 +24,8 @@ METHODS = {
     "decoder": "text_decoder",
 }
 """What the stock runner calls our components."""
+METHOD = "method"
+"""What a method is called before it gets its name in the file."""
 EXAMPLE_LENGTH = 5
 """Positions of the traced example: torch.export takes 0 and 1 as constants."""
 
@@ -65,14 +67,16 @@ def trace_method(component: Component, module: nn.Module, context_length: int) -
         return torch.export.export(module, inputs, dynamic_shapes=shapes)
 
 
-def lower_method(program: ExportedProgram, partitioners: list[Partitioner]) -> LoweredMethod:
-    """Takes a traced method to the Edge dialect and hands what they take to delegates."""
-    from executorch.exir import to_edge_transform_and_lower
+def lower_method(program: ExportedProgram, partitioner: Partitioner) -> LoweredMethod:
+    """Takes a traced method to the Edge dialect and hands what a partitioner takes to delegates.
 
-    edge = to_edge_transform_and_lower(
-        {"method": program}, partitioner=partitioners, compile_config=compile_config()
-    )
-    lowered = edge.exported_program("method")
+    Not by `to_edge_transform_and_lower`: that walks the whole program with fake tensors twice more,
+    to keep operators whole of which a component here has only linear layers.
+    """
+    from executorch.exir import to_edge
+
+    edge = to_edge({METHOD: program}, compile_config=compile_config())
+    lowered = edge.to_backend({METHOD: partitioner}).exported_program(METHOD)
     payloads = [
         getattr(lowered.graph_module, node.args[0].target).processed_bytes
         for node in lowered.graph.nodes
@@ -85,7 +89,8 @@ def compile_config() -> EdgeCompileConfig:
     """Checks of the dialect are left out: custom operators and kept linear layers fail them."""
     from executorch.exir import EdgeCompileConfig
 
-    return EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
+    kept = [torch.ops.aten.linear.default, torch.ops.aten.hardswish.default]
+    return EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True, preserve_ops=kept)
 
 
 def write_program(
@@ -95,6 +100,7 @@ def write_program(
     from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig
 
     manager = EdgeProgramManager(dict(methods), dict(constants), compile_config())
+    # Not with memory of its own for the KV cache: every method of a file would then claim it.
     program = manager.to_executorch(ExecutorchBackendConfig(emit_mutable_buffer_names=True))
     with path.open("wb") as file:
         program.write_to_file(file)

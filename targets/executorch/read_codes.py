@@ -69,7 +69,9 @@ class _MethodReader:
         value = graph["xvalues"][place["codes"]]
         rows, columns = tensor_of(value)["dims"]
         bits = 8 if tensor_of(value)["datatype"] == "xnn_datatype_qcint8" else 4
-        raw = np.frombuffer(self._constant(graph, tensor_of(value)["constant_buffer_idx"]), np.uint8)
+        raw = np.frombuffer(
+            self._constant(graph, tensor_of(value)["constant_buffer_idx"]), np.uint8
+        )
         if bits == 8:
             codes = raw.reshape(rows, columns) + np.uint8(MIDDLE[8])
         else:
@@ -134,7 +136,9 @@ class _MethodReader:
         """A constant tensor of the method."""
         tensor: Any = self._plan.values[index].val
         kinds: Sequence[tuple[str, type]] = (
-            ("FLOAT", np.float32), ("BYTE", np.uint8), ("CHAR", np.int8)
+            ("FLOAT", np.float32),
+            ("BYTE", np.uint8),
+            ("CHAR", np.int8),
         )
         kind = dict(kinds)[tensor.scalar_type.name]
         raw = self._file.program.constant_buffer[tensor.data_buffer_idx].storage

@@ -1,12 +1,13 @@
-"""A model as one `.pte` for XNNPACK, method by method."""
+"""A model as one `.pte`, method by method."""
 
 from __future__ import annotations
 
 import gc
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,15 +31,44 @@ from lorgnette.targets.executorch.program import (
 from lorgnette.targets.target import LoweredComponent
 
 if TYPE_CHECKING:
+    from executorch.exir.backend.partitioner import Partitioner
+    from torch import nn
     from torch.export import ExportedProgram
 
+
+@dataclass(frozen=True)
+class Delegate:
+    """Who takes a method.
+
+    Attributes:
+        partitioner: Makes what chooses operators for it, given the module.
+        norms: Whether norms are written out in steps.
+    """
+
+    partitioner: Callable[[nn.Module], Partitioner]
+    norms: bool = True
+
+
+XNNPACK = Delegate(lambda module: xnnpack_partitioner(lean=not has_convolution(module)))
 Places = dict[str, list[dict[str, int]]]
 
 
 def lower_model(
-    parts: Parts, quantized: QuantizedModel, folder: Path, progress: Callable[[str], None]
+    parts: Parts,
+    quantized: QuantizedModel,
+    folder: Path,
+    progress: Callable[[str], None],
+    delegates: Mapping[str, Delegate] | None = None,
 ) -> list[LoweredComponent]:
-    """Lowers every component to a method and writes them to one file."""
+    """Lowers every component to a method and writes them to one file.
+
+    Args:
+        parts: The parsed checkpoint.
+        quantized: Its weights as they are rounded.
+        folder: The bundle; has a folder for graphs.
+        progress: Told about each step.
+        delegates: Who takes a component, where that is not XNNPACK.
+    """
     lowered: list[LoweredComponent] = []
     methods: dict[str, ExportedProgram] = {}
     places: dict[str, Places] = {}
@@ -47,7 +77,10 @@ def lower_model(
         for component in parts.components:
             progress(f"lower {component.name}")
             source = quantized.sources[component.name]
-            program, found, report = _lower_component(component, source, parts.context_length)
+            delegate = (delegates or {}).get(component.name, XNNPACK)
+            program, found, report = _lower_component(
+                component, source, parts.context_length, delegate
+            )
             methods[METHODS[component.name]] = program
             places[component.name] = found
             lowered.append(report)
@@ -60,12 +93,12 @@ def lower_model(
 
 
 def _lower_component(
-    component: Component, source: QuantizedSource, context_length: int
+    component: Component, source: QuantizedSource, context_length: int, delegate: Delegate
 ) -> tuple[ExportedProgram, Places, LoweredComponent]:
-    builder = Builder(component, source)
+    builder = Builder(component, source, norms=delegate.norms)
     module = builder.build()
     traced = trace_method(component, module, context_length)
-    method = lower_method(traced, [xnnpack_partitioner(lean=not has_convolution(module))])
+    method = lower_method(traced, delegate.partitioner(module))
     graphs = [read_graph(payload) for payload in method.payloads] if builder.pieces else []
     graph = method.program.graph
     report = LoweredComponent(
