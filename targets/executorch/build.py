@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from lorgnette.export.component import Component
@@ -91,11 +92,12 @@ class Builder:
     def _linear(self, weight: str, bias: Tensor | None, wanted: list[int] | None) -> nn.Module:
         """A linear layer, or one that gives as many results as rows are split to."""
         single, split = wanted is None, wanted or [self._source.shapes[weight][0]]
-        codes, biases = self._codes(weight), [None] * len(split)
+        codes = self._codes(weight)
+        biases: list[Tensor | None] = [None] * len(split)
         if bias is not None:
-            biases = [part.clone() for part in bias.detach().split(split)]  # type: ignore[misc]
+            biases = [part.clone() for part in torch.split(bias.detach(), split)]
         if codes is None:
-            values = self._float(weight).split(split)
+            values = torch.split(self._float(weight), split)
             pairs = zip(values, biases, strict=True)
             layers = [_linear(value.clone(), part) for value, part in pairs]
             return layers[0] if single else SplitLinear(layers)
@@ -112,7 +114,10 @@ class Builder:
         codes = self._codes(weight, gathered=True)
         if codes is not None:
             return CodedEmbedding(codes)
-        return nn.Embedding.from_pretrained(self._float(weight))
+        rows, columns = self._source.shapes[weight]
+        table = nn.Embedding(rows, columns, device="meta")
+        table.weight = _constant(self._float(weight))
+        return table
 
     def _codes(self, weight: str, *, gathered: bool = False) -> QuantTensor | None:
         """The codes of a matrix; None where it is stored as floats."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import lorgnette
-from lorgnette.targets.target import Fallback
+from lorgnette.manifest import Fallback
 
 ROOT = Path(lorgnette.__file__).resolve().parent.parent
 FRAME = re.compile(r'File "([^"]+)", line (\d+)')

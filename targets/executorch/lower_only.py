@@ -27,14 +27,14 @@ def coreml_delegates(*, float32: bool) -> Mapping[str, Delegate]:
         specs = CoreMLBackend.generate_compile_specs(
             compute_precision=precision, minimum_deployment_target=coremltools.target.iOS18
         )
-        return CoreMLPartitioner(  # type: ignore[no-any-return]
+        return CoreMLPartitioner(
             compile_specs=specs,
             take_over_mutable_buffer=False,
             skip_ops_for_coreml_delegation=KEPT_ON_CPU,
         )
 
     # Core ML normalises by itself; norms in steps break one of its own passes.
-    return {"vision_encoder": Delegate(make, norms=False)}
+    return {"vision_encoder": Delegate(make, norms=False, talks=True)}
 
 
 def vulkan_delegates() -> Mapping[str, Delegate]:
@@ -43,6 +43,6 @@ def vulkan_delegates() -> Mapping[str, Delegate]:
     def make(module: nn.Module) -> Partitioner:
         from executorch.backends.vulkan.partitioner.vulkan_partitioner import VulkanPartitioner
 
-        return VulkanPartitioner()  # type: ignore[no-any-return]
+        return VulkanPartitioner()
 
     return {name: Delegate(make) for name in ("vision_encoder", "token_embedding", "decoder")}

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorgnette.manifest import Manifest, TensorEntry
+from lorgnette.errors import ConfigError
+from lorgnette.manifest import FunctionEntry, Manifest, TensorEntry
 from lorgnette.quantize.plan import QuantPlan
 from lorgnette.quantize.scheme import GROUP_SIZES
 from lorgnette.targets.capabilities import Capabilities, Matrix, SchemeRange, scheme_problems, some
 from lorgnette.targets.executorch.schemes import GROUPS, why_float
-from lorgnette.targets.target import FunctionEntry, LoweredComponent, Target
+from lorgnette.targets.target import LoweredComponent, Target
 
 if TYPE_CHECKING:
     from lorgnette.export.check import Parts
@@ -70,7 +71,8 @@ class ExecutorchXnnpack:
                     f"the width {table.columns} of {some([table])} is not a multiple of "
                     f"{scheme.group_size}, so it cannot be gathered as {scheme.form}"
                 )
-        return problems + _all_in_float(matrices, plan)
+        missing = self.missing()
+        return [*([missing] if missing else []), *problems, *_all_in_float(matrices, plan)]
 
     def lower(
         self,
@@ -230,4 +232,49 @@ class ExecutorchVulkan(ExecutorchXnnpack):
         return lower_model(parts, quantized, folder, progress, vulkan_delegates())
 
 
-TARGETS: tuple[Target, ...] = (ExecutorchXnnpack(), ExecutorchCoreml(), ExecutorchVulkan())  # type: ignore[assignment]
+class ExecutorchQnn(ExecutorchXnnpack):
+    """Qualcomm's NPU, which cannot be lowered to with what packages hold."""
+
+    name = "executorch-qnn"
+    capabilities = Capabilities(
+        matrices=(FLOATS,),
+        tables=(FLOATS,),
+        cache_style="state",
+        cache_bits=(32,),
+        engine="executorch",
+        engine_min_version="1.5.1",
+        engine_package="executorch",
+        extra="executorch",
+        os_floor="Android 10 with Snapdragon 8 Gen 1 or newer",
+        summary="ExecuTorch with Qualcomm's NPU: not offered, see why",
+        not_run="nothing is lowered",
+    )
+
+    def missing(self) -> str:
+        """What lowering needs and no package holds."""
+        return (
+            "ExecuTorch lowers to Qualcomm's NPU with libraries of Qualcomm's SDK only, which no "
+            "package holds (use executorch-xnnpack, or executorch-vulkan for the GPU)"
+        )
+
+    def lower(
+        self,
+        parts: Parts,
+        quantized: QuantizedModel,
+        folder: Path,
+        progress: Callable[[str], None],
+    ) -> list[LoweredComponent]:
+        """Refuses.
+
+        Raises:
+            ConfigError: Always, with the reason.
+        """
+        raise ConfigError(f"cannot lower to {self.name}", got=self.missing())
+
+
+TARGETS: tuple[Target, ...] = (  # type: ignore[assignment]
+    ExecutorchXnnpack(),
+    ExecutorchCoreml(),
+    ExecutorchVulkan(),
+    ExecutorchQnn(),
+)

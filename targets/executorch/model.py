@@ -6,7 +6,7 @@ import gc
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from lorgnette.export.check import Parts
 from lorgnette.export.component import Component
 from lorgnette.quantize.store import QuantizedModel, QuantizedSource
+from lorgnette.runtime.engines.executorch import quiet
 from lorgnette.runtime.prompt import Message, encode_prompt
 from lorgnette.targets.executorch.build import Builder
 from lorgnette.targets.executorch.fallbacks import left_outside, operator_counts
@@ -43,10 +44,12 @@ class Delegate:
     Attributes:
         partitioner: Makes what chooses operators for it, given the module.
         norms: Whether norms are written out in steps.
+        talks: Whether it writes to the terminal, past every setting.
     """
 
     partitioner: Callable[[nn.Module], Partitioner]
     norms: bool = True
+    talks: bool = False
 
 
 XNNPACK = Delegate(lambda module: xnnpack_partitioner(lean=not has_convolution(module)))
@@ -72,7 +75,7 @@ def lower_model(
     lowered: list[LoweredComponent] = []
     methods: dict[str, ExportedProgram] = {}
     places: dict[str, Places] = {}
-    with _quiet():
+    with _unlogged():
         register_operators()
         for component in parts.components:
             progress(f"lower {component.name}")
@@ -98,7 +101,8 @@ def _lower_component(
     builder = Builder(component, source, norms=delegate.norms)
     module = builder.build()
     traced = trace_method(component, module, context_length)
-    method = lower_method(traced, delegate.partitioner(module))
+    with quiet() if delegate.talks else nullcontext():
+        method = lower_method(traced, delegate.partitioner(module))
     graphs = [read_graph(payload) for payload in method.payloads] if builder.pieces else []
     graph = method.program.graph
     report = LoweredComponent(
@@ -129,7 +133,7 @@ def constant_methods(parts: Parts) -> dict[str, object]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _unlogged() -> Iterator[None]:
     """Keeps the libraries' own words about what they do off the terminal."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -246,10 +247,10 @@ class TextDecoder(nn.Module):
     def forward(self, embeddings: Tensor, positions: Tensor) -> Tensor:
         """Runs T positions."""
         length = embeddings.shape[1]
-        start = positions[0].item()
-        torch._check(start >= 0)
-        torch._check(start + length <= self.capacity)
-        torch._check(start < self.capacity)
+        start = cast("int", positions[0].item())
+        torch._check(start >= 0)  # type: ignore[no-untyped-call]
+        torch._check(start + length <= self.capacity)  # type: ignore[no-untyped-call]
+        torch._check(start < self.capacity)  # type: ignore[no-untyped-call]
         cos = self.cos.narrow(0, start, length).reshape(1, -1, 1, self.cos.shape[1])
         sin = self.sin.narrow(0, start, length).reshape(1, -1, 1, self.sin.shape[1])
         x = embeddings

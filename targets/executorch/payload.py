@@ -42,7 +42,8 @@ def read_graph(payload: bytes) -> XnnGraph:
 def tensor_of(value: dict[str, Any]) -> dict[str, Any]:
     """The tensor of a value, quantised or not."""
     inner: dict[str, Any] = value["xvalue_union"]
-    return inner.get("tensor_value", inner)
+    found: dict[str, Any] = inner.get("tensor_value", inner)
+    return found
 
 
 def constant_keys(graph: XnnGraph) -> dict[str, int]:

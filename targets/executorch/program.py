@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from lorgnette.export.component import Component
+from lorgnette.runtime.engines.executorch import quiet
 
 if TYPE_CHECKING:
     from executorch.exir import EdgeCompileConfig
@@ -24,6 +26,12 @@ METHODS = {
     "decoder": "text_decoder",
 }
 """What the stock runner calls our components."""
+OPERATORS = (
+    "executorch.exir.passes._quant_patterns_and_replacements",
+    "executorch.extension.llm.custom_ops.custom_ops",
+    "torchao.quantization.quant_primitives",
+)
+"""Modules that register operators as they are imported."""
 METHOD = "method"
 """What a method is called before it gets its name in the file."""
 EXAMPLE_LENGTH = 5
@@ -44,9 +52,10 @@ class LoweredMethod:
 
 
 def register_operators() -> None:
-    """Loads the operators of the KV cache and of coded tables."""
-    import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401
-    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
+    """Loads the operators of the KV cache and of coded tables, and what talks while it loads."""
+    with quiet():
+        for name in OPERATORS:
+            importlib.import_module(name)
 
 
 def trace_method(component: Component, module: nn.Module, context_length: int) -> ExportedProgram:
@@ -127,4 +136,4 @@ def xnnpack_partitioner(*, lean: bool) -> Partitioner:
     if lean:
         spec = CompileSpec("dqlinear_partitioner", b"")
         partitioner.delegation_spec = DelegationSpec("XnnpackBackend", [spec])
-    return partitioner  # type: ignore[no-any-return]
+    return partitioner

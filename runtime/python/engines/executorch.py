@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +24,9 @@ from lorgnette.errors import BundleError, MissingExtraError
 from lorgnette.runtime.engines.engine import Float, Tiles
 
 if TYPE_CHECKING:
-    from lorgnette.manifest import TensorEntry
+    from lorgnette.manifest import FunctionEntry, TensorEntry
 
+COMPONENTS = ("vision_encoder", "token_embedding", "decoder")
 LIBRARIES = (
     "extension/llm/custom_ops/libcustom_ops_aot_lib",
     "kernels/quantized/libquantized_ops_aot_lib",
@@ -35,33 +39,27 @@ _LOADING = threading.Lock()
 
 
 class ExecutorchEngine:
-    """The three methods of a bundle's file.
-
-    Each is loaded from a program of its own: methods of one program share their memory, and the
-    KV cache is part of it.
-    """
+    """The three methods of a bundle's file."""
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
         """Loads the methods; the number of threads is one for the whole process."""
         manifest = bundle.manifest
         runtime = _runtime()
-        with _quiet():
+        with quiet():
             runtime._unsafe_reset_threadpool(threads)
-        self._methods = {}
-        for component in ("vision_encoder", "token_embedding", "decoder"):
-            path = bundle.file(manifest.component(component).graph)
-            function = manifest.component(component).functions[0]
-            self._methods[component] = _Method(runtime, path, function)
-        layers = manifest.spec.text.layers
-        self._decoder = _Decoder(self._methods["decoder"], layers, manifest.context_length)
+        entries = [manifest.component(name) for name in COMPONENTS]
+        given = [(runtime, bundle.file(entry.graph), entry.functions[0]) for entry in entries]
+        self._vision, self._embedding = _Method(*given[0]), _Method(*given[1])
+        decoder = _StatefulMethod(*given[2])
+        self._decoder = _Decoder(decoder, manifest.spec.text.layers, manifest.context_length)
 
     def encode(self, tiles: Tiles) -> Float:
         """Image tokens of a batch of tiles. Shapes: uint8 `[G, 3, edge, edge]` to `[G, N, D]`."""
-        return np.concatenate([self._methods["vision_encoder"](tile[None]) for tile in tiles])
+        return np.concatenate([self._vision(tile[None]) for tile in tiles])
 
     def embed(self, token_ids: NDArray[np.int64]) -> Float:
         """Embeddings of tokens. Shapes: `[T]` to `[T, D]`."""
-        found: Float = self._methods["token_embedding"](token_ids[None])[0]
+        found: Float = self._embedding(token_ids[None])[0]
         return found
 
     def new_state(self) -> ExecutorchDecoderState:
@@ -99,7 +97,7 @@ class ExecutorchDecoderState:
 class _Decoder:
     """The loaded decoder and the state that is in it."""
 
-    def __init__(self, method: _Method, layers: int, capacity: int) -> None:
+    def __init__(self, method: _StatefulMethod, layers: int, capacity: int) -> None:
         self.capacity = capacity
         self._method = method
         self._lock = threading.Lock()
@@ -131,21 +129,25 @@ class _Decoder:
         self._inside = state
 
 
-class _Method:
-    """A method of a program of its own, with what the manifest says of it."""
+class _Meta(Protocol):
+    """What the runtime tells of a method before it is loaded."""
 
-    def __init__(self, runtime: Any, path: Path, function: Any) -> None:
+    def num_inputs(self) -> int: ...
+    def num_outputs(self) -> int: ...
+    def input_tensor_meta(self, index: int) -> Any: ...  # noqa: ANN401
+    def output_tensor_meta(self, index: int) -> Any: ...  # noqa: ANN401
+
+
+class _Method:
+    """A method that keeps nothing, loaded when it is first called."""
+
+    def __init__(self, runtime: ModuleType, path: Path, function: FunctionEntry) -> None:
         import torch
 
-        self._torch, self._path, self._name = torch, path, function.name
-        self.states: Sequence[TensorEntry] = function.states
-        with _quiet() as said:
+        self._torch, self._path, self._function = torch, path, function
+        with quiet() as said:
             try:
-                self._program = runtime._load_program(
-                    str(path), program_verification=runtime.Verification.InternalConsistency
-                )
-                self._check(self._program.method_meta(self._name), function)
-                self._method = self._program.load_method(self._name)
+                self._open(runtime)
             except (RuntimeError, MemoryError, IndexError, ValueError) as error:
                 raise BundleError(
                     "executorch refuses the graph",
@@ -153,27 +155,26 @@ class _Method:
                     got=_last_line(said()) or str(error).splitlines()[0],
                 ) from error
 
+    def _open(self, runtime: ModuleType) -> None:
+        module = runtime._load_for_executorch(
+            str(self._path), program_verification=runtime.Verification.InternalConsistency
+        )
+        name = self._function.name
+        self._check(module.method_meta(name))
+        self._run: Callable[[list[Any]], Any] = partial(module.run_method, name)
+
     def __call__(self, *inputs: NDArray[Any]) -> Float:
         """Runs it; the first output."""
         tensors = [self._torch.from_numpy(np.ascontiguousarray(each)) for each in inputs]
         try:
-            found: Float = self._method(tensors)[0].numpy()
+            found: Float = self._run(tensors)[0].numpy()
         except RuntimeError as error:
             raise BundleError(
                 "executorch failed",
-                where=self._name,
+                where=self._function.name,
                 got=str(error).splitlines()[0],
                 hint="run `lorgnette verify` on the bundle",
             ) from error
-        return found
-
-    def attribute(self, name: str) -> NDArray[np.float32]:
-        """The buffer of a name, not a copy of it."""
-        with _quiet():
-            try:
-                found: NDArray[np.float32] = self._method.get_attribute(name).numpy()
-            except RuntimeError as error:
-                raise BundleError(f"there is no buffer '{name}'", where=self._path) from error
         return found
 
     def differs(self, got: str, wanted: str) -> BundleError:
@@ -182,11 +183,11 @@ class _Method:
             "graph is not what the manifest says", where=self._path, got=got, wanted=wanted
         )
 
-    def _check(self, meta: Any, function: Any) -> None:
+    def _check(self, meta: _Meta) -> None:
         """The method must take and give what the manifest promises."""
         found = [
-            (meta.num_inputs(), meta.input_tensor_meta, function.inputs),
-            (meta.num_outputs(), meta.output_tensor_meta, function.outputs),
+            (meta.num_inputs(), meta.input_tensor_meta, self._function.inputs),
+            (meta.num_outputs(), meta.output_tensor_meta, self._function.outputs),
         ]
         for count, describe, promised in found:
             if count != len(promised):
@@ -203,7 +204,35 @@ class _Method:
                     raise self.differs(f"dtype {scalar} {sizes}", wanted)
 
 
-def _runtime() -> Any:
+class _StatefulMethod(_Method):
+    """A method with buffers that it keeps and that can be read and written.
+
+    Its program is its own: methods of one program would share the memory that these lie in.
+    """
+
+    def _open(self, runtime: ModuleType) -> None:
+        self._program = runtime._load_program(
+            str(self._path), program_verification=runtime.Verification.InternalConsistency
+        )
+        self._check(self._program.method_meta(self._function.name))
+        self._method = self._run = self._program.load_method(self._function.name)
+
+    @property
+    def states(self) -> Sequence[TensorEntry]:
+        """The buffers that the manifest promises."""
+        return self._function.states
+
+    def attribute(self, name: str) -> NDArray[np.float32]:
+        """The buffer of a name, not a copy of it."""
+        with quiet():
+            try:
+                found: NDArray[np.float32] = self._method.get_attribute(name).numpy()
+            except RuntimeError as error:
+                raise BundleError(f"there is no buffer '{name}'", where=self._path) from error
+        return found
+
+
+def _runtime() -> ModuleType:
     """The bindings of the runtime, with all operators that our files use.
 
     Raises:
@@ -215,19 +244,19 @@ def _runtime() -> Any:
             "executorch is not installed", hint="pip install 'lorgnette[executorch]'"
         )
     root = Path(next(iter(spec.submodule_search_locations)))
-    with _LOADING, _quiet(), warnings.catch_warnings():
+    with _LOADING, quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the whole interface calls itself experimental
         import torch
-        from executorch.extension.pybindings import portable_lib
 
+        bindings = importlib.import_module("executorch.extension.pybindings.portable_lib")
         for library in LIBRARIES:
             for path in root.glob(f"{library}.*"):
-                torch.ops.load_library(str(path))
-    return portable_lib
+                torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+    return bindings
 
 
 @contextmanager
-def _quiet() -> Iterator[Any]:
+def quiet() -> Iterator[Any]:
     """Keeps what the runtime's C++ writes to the terminal; gives a function that reads it."""
     with tempfile.TemporaryFile() as said:
         sys.stderr.flush()
