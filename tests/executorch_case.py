@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lorgnette.bundle import Bundle
+from lorgnette.bundle import Bundle, list_files
 from lorgnette.export.check import Parts
 from lorgnette.export.families import open_checkpoint
 from lorgnette.export.pipeline import read_parts
@@ -78,8 +78,13 @@ class Case:
     def file(self) -> Path:
         return self.folder / self.lowered[0].graph
 
-    def bundle(self, folder: Path | None = None) -> Bundle:
-        """The part of a bundle that an engine asks for, from this folder or a copy of it."""
+    def bundle(self, folder: Path | None = None, *, listed: Path | None = None) -> Bundle:
+        """The part of a bundle that an engine asks for, from this folder or a copy of it.
+
+        Args:
+            folder: Where its files are.
+            listed: The folder whose files the manifest lists, if it is another.
+        """
         root = folder or self.folder
         entries = {
             component.name: SimpleNamespace(graph=report.graph, functions=report.functions)
@@ -89,6 +94,7 @@ class Case:
             component=entries.__getitem__,
             spec=self.parts.spec,
             context_length=self.parts.context_length,
+            files=list_files(listed or root),
         )
         found = SimpleNamespace(path=root, manifest=manifest, file=lambda name: root / name)
         return cast("Bundle", found)

@@ -22,6 +22,8 @@ from lorgnette.targets.executorch.quantized import (
 )
 from lorgnette.targets.executorch.schemes import why_float
 
+HALVES = "matrices of float16 are stored as float32 of the same numbers"
+
 
 class Builder:
     """Makes the module of one component.
@@ -137,6 +139,8 @@ class Builder:
         return made
 
     def _float(self, weight: str) -> Tensor:
+        if self._source.rule(weight).scheme.bits == 16 and HALVES not in self.exceptions:
+            self.exceptions.append(HALVES)
         value = self._source.tensor(weight)
         self.weight_bytes["float32"] += value.numel() * 4
         return value

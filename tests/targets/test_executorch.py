@@ -236,6 +236,17 @@ def test_a_file_cut_off_is_refused(cases: Cases, tmp_path: Path, kept: int) -> N
     assert "\n" not in str(caught.value)
 
 
+def test_a_damaged_file_is_refused_before_it_is_loaded(cases: Cases, tmp_path: Path) -> None:
+    case = cases(*EXACT[0])
+    shutil.copytree(case.folder, tmp_path / "bundle")
+    path = tmp_path / "bundle" / case.lowered[0].graph
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match="was changed or damaged"):
+        ExecutorchEngine(case.bundle(tmp_path / "bundle", listed=case.folder), threads=1)
+
+
 def test_another_models_file_is_refused(cases: Cases, tmp_path: Path) -> None:
     case, other = cases(*EXACT[0]), cases(*EXACT[1])
     with pytest.raises(BundleError, match="graph is not what the manifest says"):

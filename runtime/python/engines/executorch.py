@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lorgnette.bundle import Bundle
+from lorgnette.bundle import Bundle, sha256_of
 from lorgnette.errors import BundleError, MissingExtraError
 from lorgnette.runtime.engines.engine import Float, Tiles
 
@@ -47,6 +47,7 @@ class ExecutorchEngine:
         runtime = _runtime()
         with quiet():
             runtime._unsafe_reset_threadpool(threads)
+        _check_digests(bundle)
         entries = [manifest.component(name) for name in COMPONENTS]
         given = [(runtime, bundle.file(entry.graph), entry.functions[0]) for entry in entries]
         self._vision, self._embedding = _Method(*given[0]), _Method(*given[1])
@@ -230,6 +231,22 @@ class _StatefulMethod(_Method):
             except RuntimeError as error:
                 raise BundleError(f"there is no buffer '{name}'", where=self._path) from error
         return found
+
+
+def _check_digests(bundle: Bundle) -> None:
+    """Refuses a file that was damaged before the runtime sees it: a wrong byte can crash it.
+
+    Raises:
+        BundleError: Its digest is not what the manifest says.
+    """
+    digests = {entry.path: entry.sha256 for entry in bundle.manifest.files}
+    for name in {bundle.manifest.component(component).graph for component in COMPONENTS}:
+        if sha256_of(bundle.file(name)) != digests[name]:
+            raise BundleError(
+                f"file '{name}' was changed or damaged",
+                where=bundle.path,
+                hint="copy or export the bundle again",
+            )
 
 
 def _runtime() -> ModuleType:
