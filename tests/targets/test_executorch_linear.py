@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,14 +99,15 @@ def test_torchao_makes_the_same_of_its_own_codes(tmp_path: Path) -> None:
     from torchao.quantization.granularity import PerGroup
 
     torch.manual_seed(0)
-    theirs = nn.Sequential(nn.Linear(COLUMNS, ROWS))
-    theirs[0].weight.data = theirs[0].weight.data.to(torch.bfloat16).float()
-    bias = theirs[0].bias.detach().clone()
+    layer = nn.Linear(COLUMNS, ROWS)
+    theirs, bias = nn.Sequential(layer), layer.bias.detach().clone()
     config = Int8DynamicActivationIntxWeightConfig(
-        weight_dtype=torch.int4, weight_granularity=PerGroup(32), weight_scale_dtype=torch.bfloat16
+        weight_dtype=vars(torch)["int4"],
+        weight_granularity=PerGroup(32),
+        weight_scale_dtype=torch.bfloat16,
     )
     quantize_(theirs, config)
-    weight = theirs[0].weight
+    weight: Any = layer.weight
     x = torch.randn(1, 7, COLUMNS)
     edge = to_edge_transform_and_lower(traced(theirs), partitioner=[XnnpackPartitioner()])
     path = tmp_path / "theirs.pte"
