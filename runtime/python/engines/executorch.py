@@ -146,6 +146,7 @@ class _Method:
         import torch
 
         self._torch, self._path, self._function = torch, path, function
+        self._running = threading.Lock()
         with quiet() as said:
             try:
                 self._open(runtime)
@@ -168,7 +169,8 @@ class _Method:
         """Runs it; the first output."""
         tensors = [self._torch.from_numpy(np.ascontiguousarray(each)) for each in inputs]
         try:
-            found: Float = self._run(tensors)[0].numpy()
+            with self._running:
+                found: Float = self._run(tensors)[0].numpy()
         except RuntimeError as error:
             raise BundleError(
                 "executorch failed",
