@@ -1,0 +1,1 @@
+"""ExecuTorch: `.pte` files of several methods, for the stock mobile modules."""
