@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,9 @@ from lorgnette.runtime.tokenizer import Tokenizer
 from lorgnette.runtime.verify import relative_error
 from lorgnette.spec import ModelSpec, Preprocess, PromptSpec, TilePreprocess
 
+if TYPE_CHECKING:
+    from lorgnette.targets.capabilities import Capabilities
+
 QUESTION = "What do you see?"
 GREEDY_TOKENS = 12
 LOGIT_STEPS = 4
@@ -33,6 +37,8 @@ says first hardly depends on the question, and only further steps pass through t
 
 FLOAT_BOUND = 5e-5
 """Relative error that another order of float32 sums may cause."""
+HALF_BOUND = 5e-3
+"""Relative error that float16 norms, biases and positions may cause, computed with in float32."""
 
 
 @dataclass(frozen=True)
@@ -86,22 +92,50 @@ def golden_prompt(parts: Parts, picture: NDArray[np.uint8], question: str = QUES
     return ids
 
 
-def rounds_activations(plan: QuantPlan) -> bool:
-    """Whether an engine may round activations under a plan."""
-    return plan.cache_bits == 8 or any(rule.scheme.activations != "float" for rule in plan.rules)
+class Treatment(NamedTuple):
+    """How the engine of a target treats activations under a plan."""
+
+    plan: QuantPlan
+    """The plan, with activations as the target rounds them."""
+    half: bool = False
+    """Whether graphs compute in float16."""
+
+    @property
+    def rounds(self) -> bool:
+        """Whether an engine rounds anything but weights."""
+        schemes = (rule.scheme for rule in self.plan.rules)
+        by_plan = any(scheme.activations != "float" for scheme in schemes)
+        return by_plan or self.half or self.plan.cache_bits == 8
+
+    @property
+    def exact_bound(self) -> float:
+        """How far a twin that rounds nothing may be from the reference.
+
+        One of float16 stores what is no matrix in float16, too: measured on random weights in the
+        shapes of SmolVLM-256M, that leaves 3e-3 of the logits.
+        """
+        return HALF_BOUND if self.half else FLOAT_BOUND
+
+
+def treatment(plan: QuantPlan, capabilities: Capabilities) -> Treatment:
+    """What a target does under a plan."""
+    floats = all(rule.scheme.bits == 32 for rule in plan.rules)
+    half = capabilities.arithmetic == "float16" and not floats
+    return Treatment(capabilities.adapt_plan(plan), half)
 
 
 def bounds_for(plan: QuantPlan, golden: GoldenText) -> Bounds:
     """How far an engine may be from the reference with the same rounded weights.
 
-    What is left is the order of float32 sums, and, where activations are rounded to 8 bits, that
-    rounding. Sums weigh most where weights are random: measured on the shapes of SmolVLM-256M
-    with such, 1e-6 for image tokens and 4e-6 for logits; a margin of ten leaves no room for
-    another GELU or another epsilon. What rounding activations costs depends on the weights (0.5 %
-    of the logits where they are trained, up to 7 % where they are random), so the reference
-    measures it. That is one draw: an engine, whose sums end in another order, rounds other values
-    to the next code, and on a trained checkpoint came out several times as far. It gets five times
-    that and two per cent; what must hold more tightly is held by graphs that round nothing.
+    What is left is the order of float32 sums, and, where activations are rounded to 8 bits or
+    everything to float16, that rounding. Sums weigh most where weights are random: measured on the
+    shapes of SmolVLM-256M with such, 1e-6 for image tokens and 4e-6 for logits; a margin of ten
+    leaves no room for another GELU or another epsilon. What rounding activations costs depends on
+    the weights (0.5 % of the logits where they are trained, up to 7 % where they are random), so
+    the reference measures it. That is one draw: an engine, whose sums end in another order, rounds
+    other values to the next code, and on a trained checkpoint came out several times as far. It
+    gets five times that and two per cent; what must hold more tightly is held by graphs that round
+    nothing.
     """
 
     def bound(lost: float) -> float:
@@ -121,11 +155,27 @@ def make_golden(
     picture: NDArray[np.uint8] | None = None,
     question: str = QUESTION,
 ) -> Golden:
+    """`make_goldens` for an engine that treats activations just as the plan says."""
+    (golden,) = make_goldens(
+        parts, quantized, (Treatment(quantized.plan),), progress, picture, question
+    )
+    return golden
+
+
+def make_goldens(
+    parts: Parts,
+    quantized: QuantizedModel,
+    treatments: Sequence[Treatment],
+    progress: Callable[[str], None],
+    picture: NDArray[np.uint8] | None = None,
+    question: str = QUESTION,
+) -> list[Golden]:
     """Runs the reference on a picture, as published and as the plan rounds it.
 
     Args:
         parts: The parsed checkpoint.
         quantized: The weights as they are rounded.
+        treatments: What is measured besides: how engines round activations. A golden for each.
         progress: Told about each step.
         picture: uint8 `[H, W, 3]`; None takes the golden picture.
         question: The text behind the picture.
@@ -147,7 +197,8 @@ def make_golden(
     del original
     if quantized.plan.rotate:
         image_tokens = np.stack([rotated(tile) for tile in image_tokens])
-    rounded_tokens, rounded_logits, lost = image_tokens, logits, (0.0, 0.0)
+    rounded_tokens, rounded_logits = image_tokens, logits
+    lost = dict.fromkeys(treatments, (0.0, 0.0))
     if quantized.plan != PLANS["fp32"]:
         progress("reference, rounded weights")
         rounded = Reference(components, quantized.sources)
@@ -155,25 +206,52 @@ def make_golden(
         rounded_tokens = rounded.encode(tiles.pixels)
         embeddings = _splice(rounded, parts, ids, rounded_tokens)
         rounded_logits = rounded.follow(embeddings, forced)
-        where = rounded.round_activations()
-        if where:
-            progress("reference, rounded activations")
-            seen = rounded.encode(tiles.pixels) if "vision_encoder" in where else rounded_tokens
-            said = rounded.follow(_splice(rounded, parts, ids, seen), forced)
-            lost = (_worst(seen, rounded_tokens), _worst(said, rounded_logits))
-    text = GoldenText(
-        question=question,
-        tiles_sha256=tiles_digest(tiles),
-        rows=tiles.rows,
-        cols=tiles.cols,
-        prompt_ids=tuple(ids),
-        original_greedy_ids=tuple(greedy),
-        rounding_image_tokens=relative_error(rounded_tokens, image_tokens),
-        rounding_logits=relative_error(rounded_logits, logits),
-        rounding_activations=lost[1],
-        rounding_activations_image_tokens=lost[0],
-    )
-    return Golden(text, picture, rounded_tokens, rounded_logits)
+        for each in lost:
+            if each.rounds:
+                progress("reference, rounded activations")
+                seen, said = _treated(rounded, each, parts, tiles.pixels, (ids, forced))
+                lost[each] = (_worst(seen, rounded_tokens), _worst(said, rounded_logits))
+    goldens = []
+    for each in treatments:
+        text = GoldenText(
+            question=question,
+            tiles_sha256=tiles_digest(tiles),
+            rows=tiles.rows,
+            cols=tiles.cols,
+            prompt_ids=tuple(ids),
+            original_greedy_ids=tuple(greedy),
+            rounding_image_tokens=relative_error(rounded_tokens, image_tokens),
+            rounding_logits=relative_error(rounded_logits, logits),
+            rounding_activations=lost[each][1],
+            rounding_activations_image_tokens=lost[each][0],
+        )
+        goldens.append(Golden(text, picture, rounded_tokens, rounded_logits))
+    return goldens
+
+
+def _treated(
+    reference: Reference,
+    how: Treatment,
+    parts: Parts,
+    pixels: NDArray[np.uint8],
+    said: tuple[Sequence[int], Sequence[int]],
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Image tokens and logits of the reference with activations treated as an engine does.
+
+    Args:
+        reference: The reference with rounded weights.
+        how: How activations are treated.
+        parts: The parsed checkpoint.
+        pixels: The tiles.
+        said: The prompt's ids and those of the answer that is followed.
+    """
+    reference.round_activations(how.plan)
+    if how.half:
+        reference.compute_in_half()
+    seen = reference.encode(pixels)
+    logits = reference.follow(_splice(reference, parts, said[0], seen), said[1])
+    reference.stop_rounding()
+    return seen, logits
 
 
 def _worst(got: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,16 +13,15 @@ import torch
 
 import lorgnette
 from lorgnette.bundle import Bundle, final_path, list_files, open_bundle, write_manifest, writing
-from lorgnette.errors import CheckpointError, ConfigError
+from lorgnette.errors import CheckpointError, ConfigError, MissingExtraError
 from lorgnette.export.answers import OriginalAnswers
 from lorgnette.export.check import (
-    FLOAT_BOUND,
     Parts,
     bounds_for,
     golden_picture,
     golden_prompt,
-    make_golden,
-    rounds_activations,
+    make_goldens,
+    treatment,
 )
 from lorgnette.export.checkpoint import Checkpoint
 from lorgnette.export.component import Component, TensorSpec, with_cache_bits
@@ -32,10 +32,9 @@ from lorgnette.export.quality import measure_bundle, require_promise, summarise
 from lorgnette.export.quality_report import rounded_tensors, write_tensors
 from lorgnette.export.sample_set import DEFAULT_PICTURES, Pictures, Progress, SampleSet
 from lorgnette.export.tokenizer_files import read_tokenizer_json
-from lorgnette.export.trace import build_module, trace
+from lorgnette.export.trace import build_module
 from lorgnette.export.weights import WeightSource, check_all_used, module_shapes
 from lorgnette.manifest import (
-    CACHE8,
     FORMAT_MAJOR,
     FORMAT_MINOR,
     Bounds,
@@ -54,8 +53,9 @@ from lorgnette.quantize.residual import rotate_residual
 from lorgnette.quantize.samples import Sample, default_samples, read_samples
 from lorgnette.quantize.store import QuantizedModel
 from lorgnette.recipe import Recipe
-from lorgnette.runtime.golden import Golden, write_golden
+from lorgnette.runtime.golden import Golden, read_golden, write_golden
 from lorgnette.runtime.model import TOKENIZER, Model
+from lorgnette.runtime.parity import compare_ladders
 from lorgnette.runtime.tokenizer import Tokenizer
 from lorgnette.runtime.verify import Ladder, verify
 from lorgnette.spec import ModelSpec
@@ -95,38 +95,169 @@ def export(
         VerifyError: The bundle was made and does not agree, or breaks its plan's promise; nothing
             is left behind.
     """
+    ((bundle, ladder),) = export_all(
+        checkpoint_path,
+        {recipe.target: out},
+        recipe,
+        vision=vision,
+        pictures=pictures,
+        replace=replace,
+        progress=progress,
+    )
+    return bundle, ladder
+
+
+def export_all(
+    checkpoint_path: str | Path,
+    outs: Mapping[str, str | Path],
+    recipe: Recipe,
+    *,
+    vision: str | Path | None = None,
+    pictures: Pictures = DEFAULT_PICTURES,
+    replace: bool = False,
+    progress: Progress = lambda step: None,
+) -> list[tuple[Bundle, Ladder]]:
+    """Makes a bundle for each of several targets, from weights that are rounded once.
+
+    Args:
+        checkpoint_path: As in `export`.
+        outs: Targets, and where the bundle of each goes.
+        recipe: What is asked for; its `target` is not looked at.
+        vision: As in `export`.
+        pictures: As in `export`.
+        replace: As in `export`.
+        progress: As in `export`.
+
+    Returns:
+        Each bundle and its ladder, in order; the ladder of a target that nothing here can run is
+        empty, and the manifest says why.
+
+    Raises:
+        LorgnetteError: Wrong input; nothing is left behind, of no target.
+        VerifyError: A bundle does not agree with the original or with another one, or breaks its
+            plan's promise; nothing is left behind, of no target.
+    """
     if recipe.quant == MIXED and recipe.plan is None:
-        recipe = _with_found_plan(checkpoint_path, vision, out, recipe, pictures, replace, progress)
+        recipe = _with_found_plan(
+            checkpoint_path, vision, outs, recipe, pictures, replace, progress
+        )
     progress("read checkpoint")
-    plan, target = plan_for(recipe), find_target(recipe.target)
+    plan, targets = plan_for(recipe), [find_target(name) for name in outs]
     sample_set = SampleSet.choose(plan, pictures)
     parts = read_parts(open_checkpoint(checkpoint_path, vision), recipe)
-    _check(parts, plan, target)
-    with writing(out, replace=replace) as folder:
-        with TemporaryDirectory(prefix="codes-", dir=folder) as codes:
-            place, calibrating = Path(codes) / "model", sample_set.calibrating
-            quantized = quantize_parts(parts, plan, place, calibrating, progress)
-            lowered = _lower(parts, quantized, target, folder, progress)
-            golden = make_golden(parts, quantized, progress)
-            write_tensors(folder, rounded_tensors(quantized))
+    _check(parts, plan, targets)
+    with ExitStack() as stack:
+        folders = [stack.enter_context(writing(out, replace=replace)) for out in outs.values()]
+        recipes = [msgspec.structs.replace(recipe, target=name) for name in outs]
+        manifests = _make(parts, sample_set, (plan, targets, recipes), folders, progress)
         answers = sample_set.answers(parts, progress)
-        progress("write manifest")
-        manifest = _write(folder, parts, recipe, target, lowered, golden)
         # The checkpoint is mapped into memory, and so are the codes, whose files are gone: both go
         # before the engine's copy of them comes.
-        del parts, quantized
-        progress("verify")
-        if rounds_activations(plan):
-            _verify_exact(folder, manifest, target).require(out)
-        model = Model(open_bundle(folder))
-        ladder = verify(model)
-        ladder.require(out)
-        if answers is not None:
-            progress("measure quality")
-            summary = _measure(model, answers, plan, pictures)
-            require_promise(summary, out)
-            write_manifest(folder, msgspec.structs.replace(manifest, quality=summary))
-    return open_bundle(out), ladder
+        del parts
+        ladders = [
+            _prove(folder, manifest, target, out, (plan, answers, pictures), progress)
+            for folder, manifest, target, out in zip(
+                folders, manifests, targets, outs.values(), strict=True
+            )
+        ]
+        _agree(list(outs), folders, manifests, ladders)
+    return [(open_bundle(out), ladder) for out, ladder in zip(outs.values(), ladders, strict=True)]
+
+
+def _prove(
+    folder: Path,
+    manifest: Manifest,
+    target: Target,
+    out: str | Path,
+    asked: tuple[QuantPlan, OriginalAnswers | None, Pictures],
+    progress: Progress,
+) -> Ladder:
+    """Climbs the ladder with a bundle, and measures its answers where those are known.
+
+    Args:
+        folder: Where the bundle lies for now.
+        manifest: Its manifest.
+        target: What it is made for.
+        out: Where it will lie.
+        asked: The plan, the original's answers, and what is to be done with them.
+        progress: Told about each step.
+
+    Raises:
+        VerifyError: It does not agree with the original, or breaks its plan's promise.
+    """
+    if manifest.not_run:
+        progress(f"{target.name} is not verified: {manifest.not_run}")
+        return Ladder(())
+    progress(f"verify {target.name}")
+    plan, answers, pictures = asked
+    how = treatment(plan, target.capabilities)
+    if how.rounds:
+        _verify_exact(folder, manifest, target, how.exact_bound, out)
+    model = Model(open_bundle(folder))
+    ladder = verify(model)
+    ladder.require(out)
+    if answers is not None:
+        progress("measure quality")
+        summary = _measure(model, answers, plan, pictures)
+        require_promise(summary, out)
+        write_manifest(folder, msgspec.structs.replace(manifest, quality=summary))
+    return ladder
+
+
+def _agree(
+    names: Sequence[str],
+    folders: Sequence[Path],
+    manifests: Sequence[Manifest],
+    ladders: Sequence[Ladder],
+) -> None:
+    """Compares the bundles of several targets with each other.
+
+    Raises:
+        VerifyError: Two disagree.
+    """
+    climbed = [
+        (name, ladder, read_golden(open_bundle(folder)), manifest.golden.bounds)
+        for name, folder, manifest, ladder in zip(names, folders, manifests, ladders, strict=True)
+        if ladder.rungs
+    ]
+    compare_ladders(climbed).require(" and ".join(names))
+
+
+def _make(
+    parts: Parts,
+    sample_set: SampleSet,
+    asked: tuple[QuantPlan, Sequence[Target], Sequence[Recipe]],
+    folders: Sequence[Path],
+    progress: Progress,
+) -> list[Manifest]:
+    """Fills the folders: weights are rounded once and lowered for each target.
+
+    Args:
+        parts: The parsed checkpoint.
+        sample_set: What is calibrated with.
+        asked: The plan, the targets, and the recipe of each bundle.
+        folders: A folder for each target.
+        progress: Told about each step.
+    """
+    plan, targets, recipes = asked
+    with TemporaryDirectory(prefix="codes-", dir=folders[0]) as codes:
+        place = Path(codes) / "model"
+        quantized = quantize_parts(parts, plan, place, sample_set.calibrating, progress)
+        lowered = [
+            _lower(parts, quantized, target, recipe, folder, progress)
+            for target, recipe, folder in zip(targets, recipes, folders, strict=True)
+        ]
+        treatments = [treatment(plan, target.capabilities) for target in targets]
+        goldens = make_goldens(parts, quantized, treatments, progress)
+        for folder in folders:
+            write_tensors(folder, rounded_tensors(quantized))
+    progress("write manifest")
+    return [
+        _write(folder, parts, recipe, target, made, golden)
+        for folder, recipe, target, made, golden in zip(
+            folders, recipes, targets, lowered, goldens, strict=True
+        )
+    ]
 
 
 def _measure(
@@ -137,40 +268,55 @@ def _measure(
     return summarise(measured, answers, plan.promise, accepted_loss=pictures.accept_loss)
 
 
-def _check(parts: Parts, plan: QuantPlan, target: Target) -> None:
+def _check(parts: Parts, plan: QuantPlan, targets: Sequence[Target]) -> None:
     """Refuses what cannot be made, before a weight is read.
 
     Raises:
         ConfigError: Naming every scheme that the target cannot carry, or the first other reason.
+        MissingExtraError: This machine lacks what lowering to a target needs.
     """
     golden_prompt(parts, golden_picture())  # refuses a context that is too small
     matrices = matrices_of(parts.components)
     check_rules(plan, matrices)
     check_methods(plan, matrices)
-    problems = target.check(matrices, plan)
-    if problems:
-        raise ConfigError(f"cannot lower to {target.name}", got="; ".join(problems))
+    for target in targets:
+        if missing := target.missing():
+            raise MissingExtraError(f"cannot lower to {target.name}", got=missing)
+        problems = target.check(matrices, plan)
+        if problems:
+            raise ConfigError(f"cannot lower to {target.name}", got="; ".join(problems))
 
 
 def _with_found_plan(
     checkpoint_path: str | Path,
     vision: str | Path | None,
-    out: str | Path,
+    outs: Mapping[str, str | Path],
     recipe: Recipe,
     pictures: Pictures,
     replace: bool,
     progress: Progress,
 ) -> Recipe:
-    """The recipe with the rules that a search finds, on the samples that calibrate."""
+    """The recipe with the rules that a search finds, on the samples that calibrate.
+
+    Raises:
+        ConfigError: There are several targets, whose capabilities differ.
+    """
     from lorgnette.export.search import search_mixed
 
+    if len(outs) > 1:
+        raise ConfigError(
+            f"the plan '{MIXED}' is found for one target at a time",
+            got=", ".join(outs),
+            hint="find it with 'lorgnette search' and give it to all as --plan",
+        )
+    ((name, out),) = outs.items()
     final = final_path(out, replace=replace)
     progress("read checkpoint")
     parts = read_parts(open_checkpoint(checkpoint_path, vision), recipe)
     golden_prompt(parts, golden_picture())  # refuses a context that is too small
     samples = read_samples(pictures.path or default_samples())
     folder = next(path for path in final.parents if path.is_dir())
-    found = search_mixed(parts, find_target(recipe.target), samples, folder, progress)
+    found = search_mixed(parts, find_target(name), samples, folder, progress)
     return msgspec.structs.replace(recipe, quant=found.name, plan=found)
 
 
@@ -218,7 +364,7 @@ def _write(
     manifest = Manifest(
         format=Format(major=FORMAT_MAJOR, minor=FORMAT_MINOR),
         requires=requirements(parts.preprocess, plan.cache_bits),
-        producer=_producer(),
+        producer=_producer(target),
         checkpoint=parts.checkpoint.path.resolve().name,
         recipe=recipe,
         spec=parts.spec,
@@ -232,47 +378,30 @@ def _write(
         prompt=parts.prompt,
         golden=GoldenEntry(folder=GOLDEN, bounds=bounds_for(plan, golden.text)),
         files=list_files(folder),
+        not_run=target.capabilities.not_run,
     )
     write_manifest(folder, manifest)
     return manifest
 
 
-def _verify_exact(folder: Path, manifest: Manifest, target: Target) -> Ladder:
-    """Climbs the ladder with graphs that round no activations, held to the bounds of float32.
+def _verify_exact(
+    folder: Path, manifest: Manifest, target: Target, bound: float, out: object
+) -> None:
+    """Climbs the ladder with a twin that rounds no activations, held to a tight bound.
 
     Rounded activations need a bound under which another epsilon or activation function would
-    pass. The graphs that ship differ from these in one attribute of their multiplications.
+    pass. A target without a twin is held to that alone.
     """
-    components, twins = [], []
-    for entry in manifest.components:
-        graph = folder / entry.graph
-        twins.append(graph.with_name(f"exact_{graph.name}"))
-        target.write_exact(graph, twins[-1])
-        name = twins[-1].relative_to(folder).as_posix()
-        components.append(
-            msgspec.structs.replace(
-                entry,
-                graph=name,
-                cache_inputs=_in_float(entry.cache_inputs),
-                cache_outputs=_in_float(entry.cache_outputs),
-            )
-        )
-    bounds = Bounds(image_tokens=FLOAT_BOUND, logits=FLOAT_BOUND, greedy_ids_equal=False)
-    exact = msgspec.structs.replace(
-        manifest,
-        requires=tuple(name for name in manifest.requires if name != CACHE8),
-        components=tuple(components),
-        golden=msgspec.structs.replace(manifest.golden, bounds=bounds),
-        files=list_files(folder),
-    )
-    ladder = verify(Model(Bundle(folder, exact)))
-    for twin in twins:
-        twin.unlink()
-    return ladder
-
-
-def _in_float(tensors: Sequence[TensorEntry]) -> tuple[TensorEntry, ...]:
-    return tuple(msgspec.structs.replace(entry, dtype="float32") for entry in tensors)
+    before = {path for path in folder.rglob("*") if path.is_file()}
+    twin = target.exact_twin(folder, manifest)
+    if twin is None:
+        return
+    bounds = Bounds(image_tokens=bound, logits=bound, greedy_ids_equal=False)
+    golden = msgspec.structs.replace(manifest.golden, bounds=bounds)
+    verify(Model(Bundle(folder, msgspec.structs.replace(twin, golden=golden)))).require(out)
+    for path in folder.rglob("*"):
+        if path.is_file() and path not in before:
+            path.unlink()
 
 
 def read_parts(checkpoint: Checkpoint, recipe: Recipe) -> Parts:
@@ -337,14 +466,30 @@ def _read_tokenizer(checkpoint: Checkpoint, tokenizer_json: bytes, spec: ModelSp
 
 
 def _lower(
-    parts: Parts, quantized: QuantizedModel, target: Target, folder: Path, progress: Progress
+    parts: Parts,
+    quantized: QuantizedModel,
+    target: Target,
+    recipe: Recipe,
+    folder: Path,
+    progress: Progress,
 ) -> list[LoweredComponent]:
-    lowered = []
-    with target.open(folder) as lowering:
-        for component in parts.components:
-            progress(f"lower {component.name}")
-            source = quantized.sources[component.name]
-            lowered.append(lowering.add(component, trace(component), source))
+    """Lowers a model, and refuses more fallbacks than were allowed.
+
+    Raises:
+        ConfigError: More operators than `recipe.max_fallback` run outside the delegate.
+    """
+    lowered = target.lower(parts, quantized, folder, progress)
+    fallbacks = [fallback for component in lowered for fallback in component.fallbacks]
+    count = sum(fallback.count for fallback in fallbacks)
+    if recipe.max_fallback is not None and count > recipe.max_fallback:
+        most = sorted(fallbacks, key=lambda fallback: -fallback.count)
+        named = ", ".join(f"{each.count} {each.operator} ({each.source})" for each in most)
+        raise ConfigError(
+            f"operators run outside the delegate of {target.name}",
+            got=f"{count}: {named}",
+            wanted=f"at most {recipe.max_fallback}",
+            hint="allow more with --max-fallback",
+        )
     return lowered
 
 
@@ -360,6 +505,10 @@ def _entry(component: Component, lowered: LoweredComponent) -> ComponentEntry:
         operators=lowered.operators,
         weight_bytes=lowered.weight_bytes,
         kept_in_float=lowered.kept_in_float,
+        functions=lowered.functions,
+        exceptions=lowered.exceptions,
+        fallbacks=lowered.fallbacks,
+        advice=lowered.advice,
     )
 
 
@@ -370,10 +519,10 @@ def _tensors(specs: Sequence[TensorSpec]) -> tuple[TensorEntry, ...]:
     )
 
 
-def _producer() -> dict[str, str]:
+def _producer(target: Target) -> dict[str, str]:
+    """Names and versions of what made a bundle."""
     return {
         "lorgnette": lorgnette.__version__,
         "torch": torch.__version__.split("+")[0],
-        "onnx-ir": importlib.metadata.version("onnx-ir"),
-        "onnxruntime": importlib.metadata.version("onnxruntime"),
+        **{name: importlib.metadata.version(name) for name in target.capabilities.packages},
     }

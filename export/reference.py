@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from lorgnette.errors import ConfigError
 from lorgnette.export.cache_rounding import round_cache
@@ -21,6 +22,7 @@ from lorgnette.export.layers.decoder import DecoderLayer, LlamaDecoder
 from lorgnette.export.layers.stages import Stage
 from lorgnette.export.trace import build_module
 from lorgnette.export.weights import ParameterSource, load_module
+from lorgnette.quantize.plan import QuantPlan
 from lorgnette.quantize.scheme import InputRange
 from lorgnette.quantize.store import QuantizedSource
 
@@ -58,6 +60,7 @@ class Reference:
         self._components = components
         self._sources = sources
         self._modules: dict[str, nn.Module] = {}
+        self._rounding: list[RemovableHandle] = []
 
     @torch.no_grad()
     def encode(self, tiles: NDArray[np.uint8]) -> Float:
@@ -175,8 +178,10 @@ class Reference:
             for spec in self._components["decoder"].cache_inputs
         ]
 
-    def round_activations(self) -> set[str]:
+    def round_activations(self, plan: QuantPlan | None = None) -> set[str]:
         """Makes every component round the inputs of its matrices from now on as the plan says.
+
+        `plan` tells how a target treats activations where that is not what the weights' plan says.
 
         A KV cache of 8 bits rounds keys and values as well.
 
@@ -196,7 +201,8 @@ class Reference:
             for name, layer in self._module(component).named_modules():
                 if not isinstance(layer, nn.Linear):
                     continue
-                scheme = source.rule(f"{name}.weight").scheme
+                weight = f"{name}.weight"
+                scheme = (plan.rule_for(component, weight) if plan else source.rule(weight)).scheme
                 if scheme.activations == "float":
                     continue
                 if scheme.activations == "int8_static":
@@ -205,16 +211,32 @@ class Reference:
                         raise ConfigError(
                             "no range is known of inputs", where=f"{component}/{name}.weight"
                         )
-                    layer.register_forward_pre_hook(_static_rounding(found))
+                    handle = layer.register_forward_pre_hook(_static_rounding(found))
                 else:
                     by_group = scheme.activations == "int8_group"
                     width = scheme.group_size if by_group else layer.in_features
-                    layer.register_forward_pre_hook(_rounding(width))
+                    handle = layer.register_forward_pre_hook(_rounding(width))
+                self._rounding.append(handle)
                 rounded.add(component)
             if source.cache_bits == 8 and self._components[component].cache_inputs:
                 self._round_cache(component, source)
                 rounded.add(component)
         return rounded
+
+    def compute_in_half(self) -> None:
+        """Makes every module round what it gives to float16 from now on, as engines of that do.
+
+        Inside a module, such as between the products of a matrix and their sum, nothing is.
+        """
+        for component in self._components:
+            for module in self._module(component).modules():
+                self._rounding.append(module.register_forward_hook(_halve))
+
+    def stop_rounding(self) -> None:
+        """Ends what `round_activations` and `compute_in_half` began, a cache of 8 bits aside."""
+        for handle in self._rounding:
+            handle.remove()
+        self._rounding.clear()
 
     def _round_cache(self, component: str, source: QuantizedSource) -> None:
         decoder = cast("LlamaDecoder", self._module(component))
@@ -233,6 +255,15 @@ class Reference:
                 stream_module(module, source)
             self._modules[name] = module
         return self._modules[name]
+
+
+def _halve(_: nn.Module, __: object, output: object) -> object:
+    """A hook that rounds what a module gives to float16."""
+    if isinstance(output, Tensor):
+        return output.to(torch.float16).to(torch.float32) if output.is_floating_point() else output
+    if isinstance(output, tuple | list):
+        return type(output)(_halve(_, __, part) for part in output)
+    return output
 
 
 def _static_rounding(how: InputRange) -> Hook:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Literal
 
-from msgspec import structs
+from msgspec import field, structs
 
 from lorgnette.quantize.plan import QuantPlan
 from lorgnette.quantize.scheme import Activations, QuantScheme, ScaleBits
@@ -92,13 +93,15 @@ class Capabilities(Frozen, frozen=True):
     """The engine that executes its graphs."""
     engine_package: str
     """The package that brings the engine."""
+    packages: tuple[str, ...]
+    """The packages whose versions decide what a bundle holds."""
     engine_min_version: str
     extra: str
     """The extra of lorgnette that installs what lowering needs."""
     os_floor: str
     """The oldest systems that run what is made."""
     summary: str
-    activations: dict[Activations, Activations] = {}
+    activations: Mapping[Activations, Activations] = field(default_factory=dict)
     """What it does in place of how a plan rounds activations; codes of weights stay the same."""
     arithmetic: Literal["float32", "float16"] = "float32"
     """What graphs compute in under every plan but fp32, which is float32 always."""
@@ -159,6 +162,12 @@ def scheme_problems(
         names = ", ".join(other.full_name for other in nearest)
         problems.append(f"{some(found)} cannot be {kind} as {scheme.full_name}; nearest: {names}")
     return problems
+
+
+def lacking(extra: str, *modules: str) -> str:
+    """Which modules are not installed, and what installs them; empty where all are."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    return f"no {', '.join(missing)}: pip install 'lorgnette[{extra}]'" if missing else ""
 
 
 def some(matrices: Sequence[Matrix]) -> str:

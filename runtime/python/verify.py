@@ -36,10 +36,31 @@ class Rung:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What a bundle answered on its way up.
+
+    Attributes:
+        image_tokens: float32 `[G, N, D]`.
+        logits: float32 `[steps, V]`, behind the prompt and the original's first tokens.
+        greedy_ids: The likeliest token at each step, fed with the original's.
+    """
+
+    image_tokens: NDArray[np.float32]
+    logits: NDArray[np.float32]
+    greedy_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Ladder:
-    """All rungs that were climbed, up to the first that failed."""
+    """All rungs that were climbed, up to the first that failed.
+
+    Attributes:
+        rungs: The rungs.
+        seen: What the bundle answered, where it got as far as logits.
+    """
 
     rungs: tuple[Rung, ...]
+    seen: Seen | None = None
 
     @property
     def passed(self) -> bool:
@@ -79,9 +100,10 @@ def verify(model: Model, golden: Golden | None = None, bounds: Bounds | None = N
     if rungs[-1].passed:
         image_tokens = model.engine.encode(tiles.pixels)
         rungs.append(_image_tokens(image_tokens, golden, bounds))
-    if rungs[-1].passed:
-        rungs += _logits_and_ids(model, golden, bounds, image_tokens)
-    return Ladder(tuple(rungs))
+    if not rungs[-1].passed:
+        return Ladder(tuple(rungs))
+    seen = _answer(model, golden, image_tokens)
+    return Ladder((*rungs, *_logits_and_ids(seen, golden, bounds)), seen)
 
 
 def relative_error(got: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
@@ -119,35 +141,42 @@ def _image_tokens(got: NDArray[np.float32], golden: Golden, bounds: Bounds) -> R
     return Rung("image_tokens", passed, detail, error=errors[worst], bound=bounds.image_tokens)
 
 
-def _logits_and_ids(
-    model: Model, golden: Golden, bounds: Bounds, image_tokens: NDArray[np.float32]
-) -> list[Rung]:
+def _answer(model: Model, golden: Golden, image_tokens: NDArray[np.float32]) -> Seen:
+    """Feeds the prompt and the original's answer, token by token.
+
+    The original's tokens are fed, not the bundle's: errors can then be compared at every step, and
+    up to the first difference the ids are the bundle's own greedy answer.
+    """
     ids, wanted = golden.text.prompt_ids, golden.text.original_greedy_ids
     embeddings = model.engine.embed(np.array(ids, np.int64))
     slots = image_slots(ids, model.manifest.spec.image_token_id)
     embeddings[slots] = image_tokens.reshape(len(slots), -1)
     state = model.engine.new_state()
     logits = state.run(embeddings, 0)
-    errors: list[float] = []
+    kept: list[NDArray[np.float32]] = []
     got: list[int] = []
-    # The original's tokens are fed, not the bundle's: errors can then be compared at every step,
-    # and up to the first difference the ids are the bundle's own greedy answer.
     for step, token in enumerate(wanted):
         if step < len(golden.logits):
-            errors.append(relative_error(logits, golden.logits[step]))
+            kept.append(logits.copy())
         got.append(int(logits.argmax()))
         if step + 1 < len(wanted):
             logits = state.run(model.engine.embed(np.array([token], np.int64)), len(ids) + step)
+    return Seen(image_tokens, np.stack(kept), tuple(got))
+
+
+def _logits_and_ids(seen: Seen, golden: Golden, bounds: Bounds) -> list[Rung]:
+    wanted = golden.text.original_greedy_ids
+    errors = [relative_error(*pair) for pair in zip(seen.logits, golden.logits, strict=False)]
     worst = int(np.argmax(errors))
     rung = Rung(
         "logits",
         errors[worst] <= bounds.logits,
         f"relative error {errors[worst]:.2e} at step {worst} of {len(errors)} "
-        f"behind {len(ids)} positions",
+        f"behind {len(golden.text.prompt_ids)} positions",
         error=errors[worst],
         bound=bounds.logits,
     )
-    return [rung, _greedy_ids(got, wanted, bounds)] if rung.passed else [rung]
+    return [rung, _greedy_ids(seen.greedy_ids, wanted, bounds)] if rung.passed else [rung]
 
 
 def _greedy_ids(got: Sequence[int], wanted: Sequence[int], bounds: Bounds) -> Rung:

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 from lorgnette.manifest import Manifest
 from lorgnette.quantize.plan import QuantPlan
 from lorgnette.quantize.scheme import GROUP_SIZES
-from lorgnette.targets.capabilities import Capabilities, Matrix, SchemeRange, scheme_problems
+from lorgnette.targets.capabilities import (
+    Capabilities,
+    Matrix,
+    SchemeRange,
+    lacking,
+    scheme_problems,
+)
 from lorgnette.targets.target import LoweredComponent, Target
 
 if TYPE_CHECKING:
@@ -57,10 +63,15 @@ class CoreAi:
         engine="coreai",
         engine_min_version="1.0.0b3",
         engine_package="coreai-core",
+        packages=("coreai-core", "coreai-torch"),
         extra="coreai",
         os_floor="iOS 27, macOS 27",
         summary="Core AI on iOS and macOS 27; runs on Linux, too",
     )
+
+    def missing(self) -> str:
+        """What lowering needs and this machine lacks, with what to do; empty where nothing is."""
+        return lacking("coreai", "coreai", "coreai_torch")
 
     def check(self, matrices: Sequence[Matrix], plan: QuantPlan) -> Sequence[str]:
         """Every reason why a model of these matrices cannot be lowered so; empty where it can."""

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 from lorgnette.manifest import FunctionEntry, TensorEntry
 from lorgnette.quantize.plan import QuantPlan
 from lorgnette.quantize.scheme import GROUP_SIZES, ScaleBits
-from lorgnette.targets.capabilities import Capabilities, Matrix, SchemeRange, scheme_problems
+from lorgnette.targets.capabilities import (
+    Capabilities,
+    Matrix,
+    SchemeRange,
+    lacking,
+    scheme_problems,
+)
 from lorgnette.targets.target import LoweredComponent, Target
 
 if TYPE_CHECKING:
@@ -49,6 +55,7 @@ class CoreMl:
         engine="coreml",
         engine_min_version="9.0",
         engine_package="coremltools",
+        packages=("coremltools",),
         extra="coreml",
         os_floor="iOS 18, macOS 15",
         arithmetic="float16",
@@ -56,6 +63,10 @@ class CoreMl:
         activations={"int8_group": "float", "int8_token": "float", "int8_static": "float"},
         summary="Core ML on iPhone, iPad and Mac; off a Mac its packages are run by an emulation",
     )
+
+    def missing(self) -> str:
+        """What lowering needs and this machine lacks, with what to do; empty where nothing is."""
+        return lacking("coreml", "coremltools")
 
     def check(self, matrices: Sequence[Matrix], plan: QuantPlan) -> Sequence[str]:
         """Every reason why a model of these matrices cannot be lowered so; empty where it can."""

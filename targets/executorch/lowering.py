@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,14 @@ from lorgnette.errors import ConfigError
 from lorgnette.manifest import FunctionEntry, Manifest, TensorEntry
 from lorgnette.quantize.plan import QuantPlan
 from lorgnette.quantize.scheme import GROUP_SIZES
-from lorgnette.targets.capabilities import Capabilities, Matrix, SchemeRange, scheme_problems, some
+from lorgnette.targets.capabilities import (
+    Capabilities,
+    Matrix,
+    SchemeRange,
+    lacking,
+    scheme_problems,
+    some,
+)
 from lorgnette.targets.executorch.schemes import GROUPS, why_float
 from lorgnette.targets.target import LoweredComponent, Target
 
@@ -50,6 +56,7 @@ class ExecutorchXnnpack:
         engine="executorch",
         engine_min_version="1.5.1",
         engine_package="executorch",
+        packages=("executorch", "torchao"),
         extra="executorch",
         activations={"int8_group": "int8_token", "int8_static": "int8_token"},
         arithmetic="float32",
@@ -59,7 +66,7 @@ class ExecutorchXnnpack:
 
     def missing(self) -> str:
         """What lowering needs and this machine lacks; empty where nothing is."""
-        return missing_package()
+        return lacking("executorch", "executorch", "torchao")
 
     def check(self, matrices: Sequence[Matrix], plan: QuantPlan) -> Sequence[str]:
         """Every reason why a model of these matrices cannot be lowered so; empty where it can."""
@@ -71,8 +78,7 @@ class ExecutorchXnnpack:
                     f"the width {table.columns} of {some([table])} is not a multiple of "
                     f"{scheme.group_size}, so it cannot be gathered as {scheme.form}"
                 )
-        missing = self.missing()
-        return [*([missing] if missing else []), *problems, *_all_in_float(matrices, plan)]
+        return [*problems, *_all_in_float(matrices, plan)]
 
     def lower(
         self,
@@ -91,13 +97,6 @@ class ExecutorchXnnpack:
         """There is none: XNNPACK multiplies integer weights by rounded activations only."""
         del folder, manifest
         return None
-
-
-def missing_package() -> str:
-    """What of executorch is not installed, and how it would be."""
-    if importlib.util.find_spec("executorch") is None:
-        return "executorch is not installed (pip install 'lorgnette[executorch]')"
-    return ""
 
 
 def functions(component: Component, context_length: int) -> tuple[FunctionEntry, ...]:
@@ -170,6 +169,7 @@ class ExecutorchCoreml(ExecutorchXnnpack):
         engine="executorch",
         engine_min_version="1.5.1",
         engine_package="executorch",
+        packages=("executorch", "torchao"),
         extra="executorch",
         arithmetic="float16",
         os_floor="iOS 18, macOS 15",
@@ -179,9 +179,7 @@ class ExecutorchCoreml(ExecutorchXnnpack):
 
     def missing(self) -> str:
         """What lowering needs and this machine lacks; empty where nothing is."""
-        if importlib.util.find_spec("coremltools") is None:
-            return "coremltools is not installed (pip install 'lorgnette[coreml]')"
-        return missing_package()
+        return super().missing() or lacking("coreml", "coremltools")
 
     def lower(
         self,
@@ -211,6 +209,7 @@ class ExecutorchVulkan(ExecutorchXnnpack):
         engine="executorch",
         engine_min_version="1.5.1",
         engine_package="executorch",
+        packages=("executorch", "torchao"),
         extra="executorch",
         os_floor="Android 10 with Vulkan 1.1",
         summary="ExecuTorch with Vulkan on the GPU of an Android device",
@@ -244,6 +243,7 @@ class ExecutorchQnn(ExecutorchXnnpack):
         engine="executorch",
         engine_min_version="1.5.1",
         engine_package="executorch",
+        packages=("executorch", "torchao"),
         extra="executorch",
         os_floor="Android 10 with Snapdragon 8 Gen 1 or newer",
         summary="ExecuTorch with Qualcomm's NPU: not offered, see why",
@@ -272,7 +272,7 @@ class ExecutorchQnn(ExecutorchXnnpack):
         raise ConfigError(f"cannot lower to {self.name}", got=self.missing())
 
 
-TARGETS: tuple[Target, ...] = (  # type: ignore[assignment]
+TARGETS: tuple[Target, ...] = (
     ExecutorchXnnpack(),
     ExecutorchCoreml(),
     ExecutorchVulkan(),

@@ -106,6 +106,7 @@ class OnnxCpu:
         cache_bits=(32, 8),
         engine="onnxruntime",
         engine_package="onnxruntime",
+        packages=("onnx-ir", "onnxruntime"),
         engine_min_version="1.24.2",
         extra="export",
         os_floor="any system of onnxruntime: Android 7, iOS 13, Linux, macOS, Windows",

@@ -2,24 +2,70 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, NamedTuple, cast
 
-from lorgnette.errors import BundleError
+from lorgnette.errors import BundleError, MissingExtraError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lorgnette.bundle import Bundle
     from lorgnette.runtime.engines.engine import Engine
+
+
+class Where(NamedTuple):
+    """Where an engine is written, and what it needs."""
+
+    module: str
+    """The file beside this one."""
+    name: str
+    """The class in it."""
+    needs: tuple[str, ...]
+    """Top-level modules that it imports beyond the base install."""
+    extra: str
+    """The extra that installs them; empty for the base install."""
+
+
+ENGINES = {
+    "onnxruntime": Where("onnx", "OnnxEngine", ("onnxruntime",), ""),
+    "coreai": Where("coreai", "CoreAiEngine", ("coreai",), "coreai"),
+    "coreml": Where("coreml", "CoreMlEngine", ("coremltools", "torch"), "coreml"),
+    "coreml-float32": Where("coreml", "CoreMlEngine", ("coremltools", "torch"), "coreml"),
+    "executorch": Where("executorch", "ExecutorchEngine", ("executorch", "torch"), "executorch"),
+}
+"""Every engine by its name in a manifest."""
 
 
 def open_engine(bundle: Bundle, threads: int) -> Engine:
     """The engine that the manifest names.
 
     Raises:
-        BundleError: It is unknown, or refuses a graph.
+        BundleError: It is unknown, or refuses a graph, or nothing but a device can run it.
+        MissingExtraError: What it needs is not installed.
     """
     name = bundle.manifest.engine
-    if name == "onnxruntime":
-        from lorgnette.runtime.engines.onnx import OnnxEngine
+    if name not in ENGINES:
+        wanted = ", ".join(ENGINES)
+        raise BundleError("unknown engine", where=bundle.path, got=repr(name), wanted=wanted)
+    if bundle.manifest.not_run:
+        raise BundleError(
+            "bundle cannot be run here", where=bundle.path, got=bundle.manifest.not_run
+        )
+    if missing := missing_for(name):
+        raise MissingExtraError(
+            f"the engine '{name}' is not installed",
+            where=bundle.path,
+            got=f"no {', '.join(missing)}",
+            hint=f"pip install 'lorgnette[{ENGINES[name].extra}]'",
+        )
+    where = ENGINES[name]
+    module = importlib.import_module(f"{__name__}.{where.module}")
+    make = cast("Callable[[Bundle, int], Engine]", getattr(module, where.name))
+    return make(bundle, threads)
 
-        return OnnxEngine(bundle, threads)
-    raise BundleError("unknown engine", where=bundle.path, got=repr(name), wanted="onnxruntime")
+
+def missing_for(name: str) -> list[str]:
+    """The modules that an engine needs and this machine lacks; imports nothing."""
+    return [need for need in ENGINES[name].needs if importlib.util.find_spec(need) is None]
