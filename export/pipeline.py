@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -55,7 +56,7 @@ from lorgnette.quantize.store import QuantizedModel
 from lorgnette.recipe import Recipe
 from lorgnette.runtime.golden import Golden, read_golden, write_golden
 from lorgnette.runtime.model import TOKENIZER, Model
-from lorgnette.runtime.parity import compare_ladders
+from lorgnette.runtime.parity import Comparison, compare_ladders
 from lorgnette.runtime.tokenizer import Tokenizer
 from lorgnette.runtime.verify import Ladder, verify
 from lorgnette.spec import ModelSpec
@@ -95,7 +96,7 @@ def export(
         VerifyError: The bundle was made and does not agree, or breaks its plan's promise; nothing
             is left behind.
     """
-    ((bundle, ladder),) = export_all(
+    made = export_all(
         checkpoint_path,
         {recipe.target: out},
         recipe,
@@ -104,7 +105,23 @@ def export(
         replace=replace,
         progress=progress,
     )
-    return bundle, ladder
+    return made.bundles[0], made.ladders[0]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Bundles of one checkpoint for several targets.
+
+    Attributes:
+        bundles: The bundles, in the order of the targets.
+        ladders: The ladder that each climbed; empty where nothing here can run it, and the
+            manifest says why.
+        comparison: How far they are from each other.
+    """
+
+    bundles: tuple[Bundle, ...]
+    ladders: tuple[Ladder, ...]
+    comparison: Comparison
 
 
 def export_all(
@@ -116,7 +133,7 @@ def export_all(
     pictures: Pictures = DEFAULT_PICTURES,
     replace: bool = False,
     progress: Progress = lambda step: None,
-) -> list[tuple[Bundle, Ladder]]:
+) -> Exported:
     """Makes a bundle for each of several targets, from weights that are rounded once.
 
     Args:
@@ -127,10 +144,6 @@ def export_all(
         pictures: As in `export`.
         replace: As in `export`.
         progress: As in `export`.
-
-    Returns:
-        Each bundle and its ladder, in order; the ladder of a target that nothing here can run is
-        empty, and the manifest says why.
 
     Raises:
         LorgnetteError: Wrong input; nothing is left behind, of no target.
@@ -160,8 +173,10 @@ def export_all(
                 folders, manifests, targets, outs.values(), strict=True
             )
         ]
-        _agree(list(outs), folders, manifests, ladders)
-    return [(open_bundle(out), ladder) for out, ladder in zip(outs.values(), ladders, strict=True)]
+        comparison = _compare(list(outs), folders, manifests, ladders)
+        comparison.require(" and ".join(outs))
+    bundles = tuple(open_bundle(out) for out in outs.values())
+    return Exported(bundles, tuple(ladders), comparison)
 
 
 def _prove(
@@ -204,23 +219,19 @@ def _prove(
     return ladder
 
 
-def _agree(
+def _compare(
     names: Sequence[str],
     folders: Sequence[Path],
     manifests: Sequence[Manifest],
     ladders: Sequence[Ladder],
-) -> None:
-    """Compares the bundles of several targets with each other.
-
-    Raises:
-        VerifyError: Two disagree.
-    """
+) -> Comparison:
+    """Compares the bundles of several targets with each other."""
     climbed = [
         (name, ladder, read_golden(open_bundle(folder)), manifest.golden.bounds)
         for name, folder, manifest, ladder in zip(names, folders, manifests, ladders, strict=True)
         if ladder.rungs
     ]
-    compare_ladders(climbed).require(" and ".join(names))
+    return compare_ladders(climbed)
 
 
 def _make(

@@ -15,6 +15,8 @@ from lorgnette.quantize.plan import QuantPlan
 from lorgnette.quantize.scheme import Activations, QuantScheme, ScaleBits
 from lorgnette.spec import Frozen
 
+DECODER_MATRIX = ("decoder", "layers.0.mlp.down_proj.weight")
+"""A matrix that every decoder has, and that stands for the most of its bytes."""
 NEAREST = 3
 """How many schemes are named in place of one that cannot be carried."""
 
@@ -107,6 +109,9 @@ class Capabilities(Frozen, frozen=True):
     """What graphs compute in under every plan but fp32, which is float32 always."""
     tile_counts: tuple[int, ...] = ()
     """Tiles that one call of the vision encoder takes; empty for any number."""
+    as_floats: tuple[SchemeRange, ...] = ()
+    """Schemes of matrices that are carried as float32 of the numbers that codes stand for: right
+    for a few small ones, and no plan is taken that would store a decoder so."""
     not_run: str = ""
     """Why what is made cannot be run here or anywhere like here; empty where it can."""
 
@@ -123,7 +128,13 @@ class Capabilities(Frozen, frozen=True):
 
     def carries(self, scheme: QuantScheme, *, gathered: bool) -> bool:
         """Whether a matrix, or a table, can be stored so."""
-        return _plain(self.adapt(scheme), gathered) in self._schemes(gathered)
+        found = _plain(self.adapt(scheme), gathered)
+        return found in self._schemes(gathered) or (not gathered and self.floats(scheme))
+
+    def floats(self, scheme: QuantScheme) -> bool:
+        """Whether a matrix of integers is stored as floats."""
+        adapted = self.adapt(scheme)
+        return any(adapted in each.schemes() for each in self.as_floats)
 
     def nearest(self, scheme: QuantScheme, *, gathered: bool) -> list[QuantScheme]:
         """The schemes most like one that cannot be carried, the likest first."""
@@ -136,7 +147,8 @@ class Capabilities(Frozen, frozen=True):
     def takes(self, plan: QuantPlan) -> bool:
         """Whether some matrix can be carried by each rule of a plan."""
         matrices = all(self.carries(rule.scheme, gathered=False) for rule in plan.rules)
-        return matrices and plan.cache_bits in self.cache_bits
+        stays = not self.floats(plan.scheme_for(*DECODER_MATRIX))
+        return matrices and stays and plan.cache_bits in self.cache_bits
 
     def _schemes(self, gathered: bool) -> list[QuantScheme]:
         ranges = self.tables if gathered else self.matrices

@@ -12,6 +12,7 @@ import click
 import msgspec
 
 from lorgnette.cli.output import Command, print_json, printable, require_extra, size, steps, table
+from lorgnette.cli.parity import parity_document, parity_lines, rung_lines
 from lorgnette.errors import ConfigError
 from lorgnette.recipe import PlanText, Recipe
 
@@ -32,7 +33,11 @@ EXCLUSIVE = (("longest_edge", "max_tiles"), ("quant", "plan"))
     type=click.Path(path_type=Path),
     help="The vision tower, where it is published apart: a CLIP folder or an mmproj GGUF file.",
 )
-@click.option("--target", help="What it is made for: see 'lorgnette list targets'.  [onnx-cpu]")
+@click.option(
+    "--target",
+    help="What it is made for: see 'lorgnette list targets'. Several, with commas between, give a "
+    "bundle each, whose answers are compared.  [onnx-cpu]",
+)
 @click.option("--quant", help="How weights are stored: see 'lorgnette list schemes'.  [fp32]")
 @click.option(
     "--plan",
@@ -41,7 +46,10 @@ EXCLUSIVE = (("longest_edge", "max_tiles"), ("quant", "plan"))
     help="The same as a TOML file of rules, in place of --quant.",
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="The bundle.  [CHECKPOINT's name-QUANT.lorg]"
+    "--out",
+    type=click.Path(path_type=Path),
+    help="The bundle; of several targets the name of each has -TARGET behind it."
+    "  [CHECKPOINT's name-QUANT.lorg]",
 )
 @click.option("--context", type=int, help="KV cache capacity in tokens.  [the model's, up to 8192]")
 @click.option("--max-tiles", type=int, help="The most tiles that one picture may become.")
@@ -72,6 +80,12 @@ EXCLUSIVE = (("longest_edge", "max_tiles"), ("quant", "plan"))
     is_flag=True,
     help="Make the bundle even if it is worse than its plan promises.",
 )
+@click.option(
+    "--max-fallback",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Refuse a bundle of which more operators run outside the target's delegate.",
+)
 @click.option("--force", is_flag=True, help="Replace a bundle that stands there.")
 def export(
     checkpoint: Path,
@@ -89,6 +103,7 @@ def export(
     calibrate: Path | None,
     measure: int,
     accept_loss: bool,
+    max_fallback: int | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -106,32 +121,59 @@ def export(
         "longest_edge": longest_edge,
         "max_tiles": max_tiles,
         "split": split,
+        "max_fallback": max_fallback,
     }
     given = {key: value for key, value in options.items() if value is not None}
     recipe = build_recipe(recipe_file, settings, given)
     require_extra("export")
-    from lorgnette.export.pipeline import export as run_export
+    from lorgnette.export.pipeline import export_all as run_export
     from lorgnette.export.sample_set import Pictures
     from lorgnette.runtime.golden import read_golden
 
     name = checkpoint.resolve().name.removesuffix(".gguf")
-    out = out or Path(f"{name}-{recipe.quant}.lorg")
+    outs = name_bundles(recipe.target, out or Path(f"{name}-{recipe.quant}.lorg"))
     started = time.perf_counter()
     with steps() as progress:
-        bundle, ladder = run_export(
+        made = run_export(
             checkpoint,
-            out,
+            outs,
             recipe,
             vision=vision,
             pictures=Pictures(calibrate, measure, accept_loss),
             replace=force,
             progress=progress,
         )
-    document = _document(bundle, ladder, read_golden(bundle).text, time.perf_counter() - started)
-    if as_json:
-        print_json(document)
+    seconds = time.perf_counter() - started
+    documents = [
+        _document(bundle, ladder, read_golden(bundle).text, seconds)
+        for bundle, ladder in zip(made.bundles, made.ladders, strict=True)
+    ]
+    if len(outs) == 1:
+        parity: dict[str, Any] = {}
     else:
+        parity = {"bundles": documents, **parity_document(made.comparison)}
+    if as_json:
+        print_json(parity or documents[0])
+        return
+    for document, bundle, ladder in zip(documents, made.bundles, made.ladders, strict=True):
         _print_summary(document, bundle, ladder)
+    if parity:
+        rows = parity_lines(list(outs), made.ladders, made.comparison)
+        click.echo(printable("\n".join(rows)))
+
+
+def name_bundles(target: str, out: Path) -> dict[str, Path]:
+    """Where the bundle of each target goes: `OUT` of one, `OUT-TARGET` of several.
+
+    Raises:
+        ConfigError: A target is named twice, or not at all.
+    """
+    names = [name.strip() for name in target.split(",")]
+    if len(set(names)) != len(names) or not all(names):
+        raise ConfigError("targets are not names with commas between", got=repr(target))
+    if len(names) == 1:
+        return {names[0]: out}
+    return {name: out.with_name(f"{out.stem}-{name}{out.suffix}") for name in names}
 
 
 def build_recipe(file: Path | None, settings: Sequence[str], options: Mapping[str, Any]) -> Recipe:
@@ -225,9 +267,14 @@ def _document(
                 "weight_bytes": entry.weight_bytes,
                 "operators": entry.operators,
                 "kept_in_float": entry.kept_in_float,
+                "exceptions": entry.exceptions,
+                "fallbacks": msgspec.to_builtins(entry.fallbacks),
+                "advice": entry.advice,
             }
             for entry in manifest.components
         ],
+        "target": manifest.recipe.target,
+        "not_run": manifest.not_run or None,
         "ladder": [msgspec.to_builtins(rung) for rung in ladder.rungs],
         "rounding": {
             "image_tokens": golden.rounding_image_tokens,
@@ -244,6 +291,8 @@ def _print_summary(document: Mapping[str, Any], bundle: Bundle, ladder: Ladder) 
     )
     for line in (*component_lines(bundle.manifest.components), *rung_lines(ladder)):
         click.echo(printable(line))
+    if bundle.manifest.not_run:
+        click.echo(printable(f"Not run: {bundle.manifest.not_run}"))
     rounding = document["rounding"]
     if any(rounding.values()):
         click.echo(
@@ -258,7 +307,7 @@ def _print_summary(document: Mapping[str, Any], bundle: Bundle, ladder: Ladder) 
 
 
 def component_lines(components: Sequence[ComponentEntry]) -> list[str]:
-    """Weights of each component by storage form, and what stayed float against the plan."""
+    """Weights of each component by storage form, and what is otherwise than was asked for."""
     rows = [
         (
             entry.name,
@@ -272,23 +321,34 @@ def component_lines(components: Sequence[ComponentEntry]) -> list[str]:
         for entry in components
         for name, reason in entry.kept_in_float.items()
     ]
-    return [*table(rows), *kept]
+    said = [f"  {entry.name}: {line}" for entry in components for line in entry.exceptions]
+    return [*table(rows), *kept, *said, *fallback_lines(components), *_advice(components)]
+
+
+def fallback_lines(components: Sequence[ComponentEntry]) -> list[str]:
+    """Operators that run outside the delegate: how often, where they were written, and why."""
+    found = [(entry.name, each) for entry in components for each in entry.fallbacks]
+    if not found:
+        return []
+    count = sum(each.count for _, each in found)
+    rows = [
+        (f"{each.count} x", each.operator, name, each.source, each.reason) for name, each in found
+    ]
+    return [f"Outside the delegate: {count} operators", *table(rows)]
+
+
+def _advice(components: Sequence[ComponentEntry]) -> list[str]:
+    """What would hinder the accelerator, told once for all components."""
+    by_line: dict[str, list[str]] = {}
+    for entry in components:
+        for line in entry.advice:
+            by_line.setdefault(line, []).append(entry.name)
+    if not by_line:
+        return []
+    rows = [f"  {line} ({', '.join(names)})" for line, names in by_line.items()]
+    return ["For the accelerator (advice, not measured):", *rows]
 
 
 def forms(weight_bytes: Mapping[str, int]) -> str:
     """Bytes of weights by storage form."""
     return ", ".join(f"{form} {size(count)}" for form, count in weight_bytes.items() if count)
-
-
-def rung_lines(ladder: Ladder) -> list[str]:
-    """A line for each rung of the parity ladder."""
-    return table(
-        [
-            (
-                rung.name,
-                "ok" if rung.passed else "FAILED",
-                rung.detail + (f", bound {rung.bound:g}" if rung.bound is not None else ""),
-            )
-            for rung in ladder.rungs
-        ]
-    )

@@ -10,6 +10,7 @@ import click
 from lorgnette.cli.output import Command, missing_modules, print_json, table
 
 if TYPE_CHECKING:
+    from lorgnette.targets.capabilities import Capabilities
     from lorgnette.targets.target import Target
 
 
@@ -20,6 +21,10 @@ def list_known(kind: str, as_json: bool) -> None:
     entries = {"families": list_families, "targets": list_targets, "schemes": list_schemes}[kind]()
     if as_json:
         print_json({kind: entries})
+        return
+    if kind == "targets":
+        for entry in entries:
+            click.echo("\n".join((entry["name"], *table(_target_rows(entry)))))
         return
     click.echo("\n".join(table([_row(entry) for entry in entries], indent="")))
 
@@ -51,29 +56,44 @@ def _target(target: Target) -> dict[str, Any]:
     capabilities = target.capabilities
     missing = missing_modules("export")
     no_lower = f"no {', '.join(missing)}: pip install 'lorgnette[export]'" if missing else None
+    no_lower = no_lower or target.missing() or None
+    runs = _can_run(capabilities)
     return {
         "name": target.name,
         "summary": capabilities.summary,
         "schemes": [name for name, plan in PLANS.items() if capabilities.takes(plan)],
         "matrices": [str(each) for each in capabilities.matrices],
         "tables": [str(each) for each in capabilities.tables],
-        "engine": f"{capabilities.engine}>={capabilities.engine_min_version}",
+        "activations": dict(capabilities.activations),
+        "arithmetic": capabilities.arithmetic,
+        "cache_style": capabilities.cache_style,
+        "cache_bits": capabilities.cache_bits,
+        "tile_counts": capabilities.tile_counts or "any",
+        "os_floor": capabilities.os_floor,
+        "engine": f"{capabilities.engine_package}>={capabilities.engine_min_version}",
         "can_lower": no_lower is None,
         "no_lower_reason": no_lower,
-        **_can_run(capabilities.engine, capabilities.engine_min_version),
+        **runs,
+        # The ladder needs nothing but the bundle and what runs it.
+        "can_verify": runs["can_run"],
     }
 
 
-def _can_run(engine: str, min_version: str) -> dict[str, Any]:
+def _can_run(capabilities: Capabilities) -> dict[str, Any]:
     from lorgnette.cli.doctor import fits
+    from lorgnette.runtime.engines import ENGINES, missing_for
 
-    reason = None
+    package, wanted = capabilities.engine_package, capabilities.engine_min_version
+    reason: str | None = capabilities.not_run or None
     try:
-        version = importlib.metadata.version(engine)
-        if not fits(version, f">={min_version}"):
-            reason = f"{engine} {version} is too old"
+        version = importlib.metadata.version(package)
+        if not fits(version, f">={wanted}"):
+            reason = reason or f"{package} {version} is too old"
     except importlib.metadata.PackageNotFoundError:
-        reason = f"{engine} is not installed"
+        reason = reason or f"{package} is not installed"
+    if reason is None and (missing := missing_for(capabilities.engine)):
+        extra = ENGINES[capabilities.engine].extra
+        reason = f"no {', '.join(missing)}: pip install 'lorgnette[{extra}]'"
     return {"can_run": reason is None, "no_run_reason": reason}
 
 
@@ -106,9 +126,21 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
     if "model_types" in entry:
         types = entry["model_types"]
         return entry["name"], entry["reason"] or f"model types {', '.join(types)}"
-    if "can_run" in entry:
-        lower = "can be made here" if entry["can_lower"] else entry["no_lower_reason"]
-        run = "runs here" if entry["can_run"] else entry["no_run_reason"]
-        return entry["name"], entry["summary"], lower, run
     targets = f"targets: {', '.join(entry['targets'])}"
     return entry["name"], targets, "; ".join(entry["rules"]) or entry["summary"]
+
+
+def _target_rows(entry: dict[str, Any]) -> list[tuple[str, str]]:
+    tiles, bits = entry["tile_counts"], " or ".join(map(str, entry["cache_bits"]))
+    counts = tiles if tiles == "any" else " or ".join(map(str, tiles))
+    return [
+        ("for", entry["summary"]),
+        ("systems", entry["os_floor"]),
+        ("schemes", ", ".join(entry["schemes"])),
+        ("graphs", f"{entry['arithmetic']}, {counts} tiles a call"),
+        ("KV cache", f"{entry['cache_style']}, {bits} bits"),
+        ("engine", entry["engine"]),
+        ("made here", "yes" if entry["can_lower"] else f"no: {entry['no_lower_reason']}"),
+        ("run here", "yes" if entry["can_run"] else f"no: {entry['no_run_reason']}"),
+        ("verified here", "yes" if entry["can_verify"] else "no, since it is not run"),
+    ]

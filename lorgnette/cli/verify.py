@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from lorgnette.cli.export import rung_lines
 from lorgnette.cli.output import Command, fail, print_json, printable, require_extra, steps
+from lorgnette.cli.parity import parity_document, parity_lines, rung_lines
 from lorgnette.cli.quality import Request, measure, show_recorded
 from lorgnette.errors import ConfigError, VerifyError
 from lorgnette.manifest import Bounds
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command)
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument(
+    "bundles", nargs=-1, required=True, metavar="BUNDLE...", type=click.Path(path_type=Path)
+)
 @click.option(
     "--against",
     type=click.Path(path_type=Path),
@@ -66,7 +68,7 @@ if TYPE_CHECKING:
     help="Write a report with plots there.",
 )
 def verify(
-    bundle: Path,
+    bundles: tuple[Path, ...],
     against: Path | None,
     vision: Path | None,
     images: tuple[Path, ...],
@@ -78,8 +80,9 @@ def verify(
 ) -> None:
     """Climbs the parity ladder of BUNDLE: pixels, prompt, image tokens, logits, greedy ids.
 
-    With --quality, tells how its answers differ from the original's instead. Exits with 1 where a
-    rung fails or what the plan promises of the answers does not hold.
+    Several bundles of one checkpoint are compared with each other as well. With --quality, tells
+    how a bundle's answers differ from the original's instead. Exits with 1 where a rung fails, two
+    bundles disagree, or what the plan promises of the answers does not hold.
     """
     if images and against is None:
         raise click.UsageError("--image needs --against, which computes what is to be expected")
@@ -87,6 +90,12 @@ def verify(
         raise click.UsageError("--vision needs --against, whose vision tower it is")
     request = Request(samples, count, html)
     _check_usage(request, quality, against, images)
+    if len(bundles) > 1:
+        if quality or against is not None:
+            raise click.UsageError("--quality and --against are for one bundle at a time")
+        _compare(bundles, as_json)
+        return
+    (bundle,) = bundles
     if quality:
         _quality(bundle, (against, vision), request, as_json)
     else:
@@ -139,6 +148,42 @@ def _ladder(
             ladder.require(bundle)
         except VerifyError as error:
             fail(error, as_json, document)
+    if as_json:
+        print_json(document)
+
+
+def _compare(bundles: Sequence[Path], as_json: bool) -> None:
+    """Climbs the ladder with several bundles, one after the other, and compares them."""
+    from lorgnette.bundle import open_bundle
+    from lorgnette.runtime.golden import read_golden
+    from lorgnette.runtime.model import Model
+    from lorgnette.runtime.parity import compare_ladders
+    from lorgnette.runtime.verify import verify as climb
+
+    opened = [open_bundle(bundle) for bundle in bundles]
+    names = [str(bundle.path) for bundle in opened]
+    ladders = []
+    with steps() as progress:
+        for bundle in opened:
+            progress(f"climb the ladder of {bundle.path}")
+            ladders.append(climb(Model(bundle)))
+    goldens = [(read_golden(bundle), bundle.manifest.golden.bounds) for bundle in opened]
+    comparison = compare_ladders(
+        [(name, ladder, *one) for name, ladder, one in zip(names, ladders, goldens, strict=True)]
+    )
+    documents = [
+        _document(bundle, None, {"built-in picture": ladder})
+        for bundle, ladder in zip(opened, ladders, strict=True)
+    ]
+    document = {"bundles": documents, **parity_document(comparison)}
+    if not as_json:
+        click.echo(printable("\n".join(parity_lines(names, ladders, comparison))))
+    try:
+        for name, ladder in zip(names, ladders, strict=True):
+            ladder.require(name)
+        comparison.require(" and ".join(names))
+    except VerifyError as error:
+        fail(error, as_json, document)
     if as_json:
         print_json(document)
 

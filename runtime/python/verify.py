@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +60,7 @@ class Ladder:
     """
 
     rungs: tuple[Rung, ...]
-    seen: Seen | None = None
+    seen: Seen | None = field(default=None, compare=False, repr=False)
 
     @property
     def passed(self) -> bool:

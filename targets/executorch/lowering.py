@@ -36,7 +36,9 @@ MATRICES = (
     FLOATS,
     SchemeRange(bits=(4,), groups=GROUPS, activations=("int8_token",), scale_bits=(16,)),
     SchemeRange(bits=(8,), activations=("int8_token",)),
-    # Stored as floats: see why_float.
+)
+# See why_float.
+AS_FLOATS = (
     SchemeRange(
         bits=(8,), groups=GROUP_SIZES, activations=("float", "int8_token"), scale_bits=(32, 16)
     ),
@@ -51,6 +53,7 @@ class ExecutorchXnnpack:
     capabilities = Capabilities(
         matrices=MATRICES,
         tables=TABLES,
+        as_floats=AS_FLOATS,
         cache_style="state",
         cache_bits=(32,),
         engine="executorch",
