@@ -98,9 +98,8 @@ def main() -> None:
         generator = np.random.default_rng(0)
         picture = folder / "picture.png"
         Image.fromarray(generator.integers(0, 256, (480, 640, 3), dtype=np.uint8)).save(picture)
-        print(
-            f"{arguments.config.stem}, {arguments.target}, {arguments.quant}, {arguments.threads} threads"
-        )
+        print(", ".join((arguments.config.stem, arguments.target, arguments.quant)))
+        print(f"{arguments.threads} threads")
         tiled = "scale_factor" in json.loads(arguments.config.read_text())
         for tiles in arguments.tiles or ((17, 1) if tiled else (1,)):
             name = f"{arguments.config.stem}-{arguments.target}-{arguments.quant}-{tiles}.lorg"
