@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from lorgnette.cli.components import forms
+from lorgnette.cli.components import departures, forms
 from lorgnette.cli.output import Command, print_json, printable, require_extra, size, table
 from lorgnette.errors import LorgnetteError
 
