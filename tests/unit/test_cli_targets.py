@@ -556,5 +556,5 @@ def test_a_bundle_for_vulkan_is_made_and_says_that_it_was_not_run(tmp_path: Path
     assert [one["not_run"] for one in told["bundles"]] == [None, reason]
     assert told["bundles"][1]["ladder"] == []
     assert (told["agree"], told["pairs"]) == (None, [])
-    for asked in (("run", made, "--prompt", "?"), ("verify", made)):
-        assert reason in refused(call(*asked))
+    for words in (("run", made, "--prompt", "?"), ("verify", made)):
+        assert reason in refused(call(*words))
