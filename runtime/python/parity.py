@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lorgnette.errors import BundleError, VerifyError
 from lorgnette.manifest import Bounds
@@ -104,14 +108,19 @@ def compare_ladders(climbed: Sequence[Climbed]) -> Comparison:
     return Comparison(tuple(pairs))
 
 
-def _farthest(got: Sequence[object], wanted: Sequence[object]) -> float:
-    """The largest relative error of any tile or step; infinite where there are not as many."""
+def _farthest(got: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
+    """The largest relative error of any tile or step; infinite where there are not as many.
+
+    Numbers of one that are none make errors that are none, which no maximum would show.
+    """
     if len(got) != len(wanted):
         return float("inf")
-    return max(relative_error(*pair) for pair in zip(got, wanted, strict=True))  # type: ignore[arg-type]
+    errors = [relative_error(*pair) for pair in zip(got, wanted, strict=True)]
+    return max(errors) if all(map(math.isfinite, errors)) else float("inf")
 
 
 def _ids(first: str, second: str, one: Sequence[int], other: Sequence[int], strict: bool) -> Pair:
-    same = sum(a == b for a, b in zip(one, other, strict=True))
-    detail = f"{same} of {len(one)} ids equal"
-    return Pair("greedy_ids", first, second, same == len(one) or not strict, detail)
+    same = sum(a == b for a, b in zip(one, other, strict=False))
+    most = max(len(one), len(other))
+    detail = f"{same} of {most} ids equal"
+    return Pair("greedy_ids", first, second, same == most or not strict, detail)
