@@ -75,7 +75,7 @@ def _scales(values: Mapping[str, ir.Value], name: str, by_column: bool) -> Scale
     scales = _array(values[steps]).astype(np.float32)
     scales = scales.T if by_column else scales
     if f"{name}.rows" in values:
-        scales = scales * _array(values[f"{name}.rows"]).reshape(-1, 1)
+        scales = scales * _array(values[f"{name}.rows"]).astype(np.float32).reshape(-1, 1)
     return scales
 
 
