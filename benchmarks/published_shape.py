@@ -1,7 +1,7 @@
 """Export and run of a published shape with random weights: time, memory, size, speed.
 
     python -m benchmarks.published_shape [--config tests/golden/configs/SmolVLM-256M-Instruct.json]
-        [--quant int4] [--threads N] [--keep DIR]
+        [--target onnx-cpu] [--quant int4] [--threads N] [--keep DIR]
 
 Configs of every family are under tests/golden/configs. Makes the checkpoint in the form it is
 published in, exports it (SmolVLM at the full tiling and at one tile), and asks each bundle about
@@ -80,7 +80,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--target", default="onnx-cpu")
     parser.add_argument("--quant", default="int4")
+    parser.add_argument("--context", type=int, help="KV cache capacity, where not the model's")
     parser.add_argument("--plan", type=Path, help="a plan file, in place of --quant")
     parser.add_argument("--tiles", type=int, nargs="+", help="only these of --max-tiles")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -96,18 +98,22 @@ def main() -> None:
         generator = np.random.default_rng(0)
         picture = folder / "picture.png"
         Image.fromarray(generator.integers(0, 256, (480, 640, 3), dtype=np.uint8)).save(picture)
-        print(f"{arguments.config.stem}, {arguments.quant}, {arguments.threads} threads")
+        print(", ".join((arguments.config.stem, arguments.target, arguments.quant)))
+        print(f"{arguments.threads} threads")
         tiled = "scale_factor" in json.loads(arguments.config.read_text())
         for tiles in arguments.tiles or ((17, 1) if tiled else (1,)):
-            bundle = folder / f"{arguments.config.stem}-{arguments.quant}-{tiles}.lorg"
-            options = ("--max-tiles", tiles, "--out", bundle, "--force")
+            name = f"{arguments.config.stem}-{arguments.target}-{arguments.quant}-{tiles}.lorg"
+            bundle = folder / name
+            options = ["--target", arguments.target, "--max-tiles", tiles, "--out", bundle]
+            if arguments.context is not None:
+                options += ["--context", arguments.context]
             # Random weights have no answers that could be kept.
             how = (
                 ("--quant", arguments.quant)
                 if arguments.plan is None
                 else ("--plan", arguments.plan)
             )
-            made = lorgnette("export", checkpoint, *how, *options, "--measure", 0)
+            made = lorgnette("export", checkpoint, *how, *options, "--force", "--measure", 0)
             print(f"\n--max-tiles {tiles} (load average {os.getloadavg()[0]:.1f})")
             print(f"  {'export s':18}{made['seconds']:10.1f}")
             print(f"  {'export RSS MB':18}{made['peak_rss_bytes'] / 1e6:10.0f}")

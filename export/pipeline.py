@@ -15,7 +15,6 @@ import torch
 import lorgnette
 from lorgnette.bundle import Bundle, final_path, list_files, open_bundle, write_manifest, writing
 from lorgnette.errors import CheckpointError, ConfigError, MissingExtraError
-from lorgnette.export.answers import OriginalAnswers
 from lorgnette.export.check import (
     Parts,
     bounds_for,
@@ -25,11 +24,12 @@ from lorgnette.export.check import (
     treatment,
 )
 from lorgnette.export.checkpoint import Checkpoint
-from lorgnette.export.component import Component, TensorSpec, with_cache_bits
+from lorgnette.export.component import with_cache_bits
+from lorgnette.export.entries import component_entry
 from lorgnette.export.families import find_family, open_checkpoint
 from lorgnette.export.matrices import matrices_of, matrix_names
 from lorgnette.export.prepared import prepare_samples
-from lorgnette.export.quality import measure_bundle, require_promise, summarise
+from lorgnette.export.proof import compare, prove
 from lorgnette.export.quality_report import rounded_tensors, write_tensors
 from lorgnette.export.sample_set import DEFAULT_PICTURES, Pictures, Progress, SampleSet
 from lorgnette.export.tokenizer_files import read_tokenizer_json
@@ -38,13 +38,9 @@ from lorgnette.export.weights import WeightSource, check_all_used, module_shapes
 from lorgnette.manifest import (
     FORMAT_MAJOR,
     FORMAT_MINOR,
-    Bounds,
-    ComponentEntry,
     Format,
     GoldenEntry,
     Manifest,
-    QualitySummary,
-    TensorEntry,
     requirements,
 )
 from lorgnette.quantize.calibrate import calibrate, check_methods
@@ -54,11 +50,11 @@ from lorgnette.quantize.residual import rotate_residual
 from lorgnette.quantize.samples import Sample, default_samples, read_samples
 from lorgnette.quantize.store import QuantizedModel
 from lorgnette.recipe import Recipe
-from lorgnette.runtime.golden import Golden, read_golden, write_golden
-from lorgnette.runtime.model import TOKENIZER, Model
-from lorgnette.runtime.parity import Comparison, compare_ladders
+from lorgnette.runtime.golden import Golden, write_golden
+from lorgnette.runtime.model import TOKENIZER
+from lorgnette.runtime.parity import Comparison
 from lorgnette.runtime.tokenizer import Tokenizer
-from lorgnette.runtime.verify import Ladder, verify
+from lorgnette.runtime.verify import Ladder
 from lorgnette.spec import ModelSpec
 from lorgnette.targets import find_target
 from lorgnette.targets.target import LoweredComponent, Target
@@ -168,70 +164,15 @@ def export_all(
         # before the engine's copy of them comes.
         del parts
         ladders = [
-            _prove(folder, manifest, target, out, (plan, answers, pictures), progress)
+            prove(folder, manifest, target, out, (plan, answers, pictures), progress)
             for folder, manifest, target, out in zip(
                 folders, manifests, targets, outs.values(), strict=True
             )
         ]
-        comparison = _compare(list(outs), folders, manifests, ladders)
+        comparison = compare(list(outs), folders, manifests, ladders)
         comparison.require(" and ".join(outs))
     bundles = tuple(open_bundle(out) for out in outs.values())
     return Exported(bundles, tuple(ladders), comparison)
-
-
-def _prove(
-    folder: Path,
-    manifest: Manifest,
-    target: Target,
-    out: str | Path,
-    asked: tuple[QuantPlan, OriginalAnswers | None, Pictures],
-    progress: Progress,
-) -> Ladder:
-    """Climbs the ladder with a bundle, and measures its answers where those are known.
-
-    Args:
-        folder: Where the bundle lies for now.
-        manifest: Its manifest.
-        target: What it is made for.
-        out: Where it will lie.
-        asked: The plan, the original's answers, and what is to be done with them.
-        progress: Told about each step.
-
-    Raises:
-        VerifyError: It does not agree with the original, or breaks its plan's promise.
-    """
-    if manifest.not_run:
-        progress(f"{target.name} is not verified: {manifest.not_run}")
-        return Ladder(())
-    progress(f"verify {target.name}")
-    plan, answers, pictures = asked
-    how = treatment(plan, target.capabilities)
-    if how.rounds:
-        _verify_exact(folder, manifest, target, how.exact_bound, out)
-    model = Model(open_bundle(folder))
-    ladder = verify(model)
-    ladder.require(out)
-    if answers is not None:
-        progress("measure quality")
-        summary = _measure(model, answers, plan, pictures)
-        require_promise(summary, out)
-        write_manifest(folder, msgspec.structs.replace(manifest, quality=summary))
-    return ladder
-
-
-def _compare(
-    names: Sequence[str],
-    folders: Sequence[Path],
-    manifests: Sequence[Manifest],
-    ladders: Sequence[Ladder],
-) -> Comparison:
-    """Compares the bundles of several targets with each other."""
-    climbed = [
-        (name, ladder, read_golden(open_bundle(folder)), manifest.golden.bounds)
-        for name, folder, manifest, ladder in zip(names, folders, manifests, ladders, strict=True)
-        if ladder.rungs
-    ]
-    return compare_ladders(climbed)
 
 
 def _make(
@@ -269,14 +210,6 @@ def _make(
             folders, recipes, targets, lowered, goldens, strict=True
         )
     ]
-
-
-def _measure(
-    model: Model, answers: OriginalAnswers, plan: QuantPlan, pictures: Pictures
-) -> QualitySummary:
-    """How far the finished bundle's answers are from the original's, and what was promised."""
-    measured = measure_bundle(model, answers)
-    return summarise(measured, answers, plan.promise, accepted_loss=pictures.accept_loss)
 
 
 def _check(parts: Parts, plan: QuantPlan, targets: Sequence[Target]) -> None:
@@ -382,7 +315,7 @@ def _write(
         engine=target.capabilities.engine,
         context_length=parts.context_length,
         components=tuple(
-            _entry(with_cache_bits(component, plan.cache_bits), result)
+            component_entry(with_cache_bits(component, plan.cache_bits), result)
             for component, result in zip(parts.components, lowered, strict=True)
         ),
         preprocess=parts.preprocess,
@@ -393,26 +326,6 @@ def _write(
     )
     write_manifest(folder, manifest)
     return manifest
-
-
-def _verify_exact(
-    folder: Path, manifest: Manifest, target: Target, bound: float, out: object
-) -> None:
-    """Climbs the ladder with a twin that rounds no activations, held to a tight bound.
-
-    Rounded activations need a bound under which another epsilon or activation function would
-    pass. A target without a twin is held to that alone.
-    """
-    before = {path for path in folder.rglob("*") if path.is_file()}
-    twin = target.exact_twin(folder, manifest)
-    if twin is None:
-        return
-    bounds = Bounds(image_tokens=bound, logits=bound, greedy_ids_equal=False)
-    golden = msgspec.structs.replace(manifest.golden, bounds=bounds)
-    verify(Model(Bundle(folder, msgspec.structs.replace(twin, golden=golden)))).require(out)
-    for path in folder.rglob("*"):
-        if path.is_file() and path not in before:
-            path.unlink()
 
 
 def read_parts(checkpoint: Checkpoint, recipe: Recipe) -> Parts:
@@ -502,32 +415,6 @@ def _lower(
             hint="allow more with --max-fallback",
         )
     return lowered
-
-
-def _entry(component: Component, lowered: LoweredComponent) -> ComponentEntry:
-    return ComponentEntry(
-        name=component.name,
-        entry_points=component.entry_points,
-        graph=lowered.graph,
-        inputs=_tensors(component.inputs),
-        outputs=_tensors(component.outputs),
-        cache_inputs=_tensors(component.cache_inputs),
-        cache_outputs=_tensors(component.cache_outputs),
-        operators=lowered.operators,
-        weight_bytes=lowered.weight_bytes,
-        kept_in_float=lowered.kept_in_float,
-        functions=lowered.functions,
-        exceptions=lowered.exceptions,
-        fallbacks=lowered.fallbacks,
-        advice=lowered.advice,
-    )
-
-
-def _tensors(specs: Sequence[TensorSpec]) -> tuple[TensorEntry, ...]:
-    return tuple(
-        TensorEntry(name=spec.name, dtype=str(spec.dtype).removeprefix("torch."), shape=spec.shape)  # type: ignore[arg-type]
-        for spec in specs
-    )
 
 
 def _producer(target: Target) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from lorgnette.cli.components import component_lines
 from lorgnette.cli.output import Command, print_json, printable, require_extra, size, steps, table
 from lorgnette.cli.parity import parity_document, parity_lines, rung_lines
 from lorgnette.errors import ConfigError
@@ -18,7 +19,6 @@ from lorgnette.recipe import PlanText, Recipe
 
 if TYPE_CHECKING:
     from lorgnette.bundle import Bundle
-    from lorgnette.manifest import ComponentEntry
     from lorgnette.runtime.golden import GoldenText
     from lorgnette.runtime.verify import Ladder
 
@@ -304,51 +304,3 @@ def _print_summary(document: Mapping[str, Any], bundle: Bundle, ladder: Ladder) 
         from lorgnette.report.lines import summary_rows
 
         click.echo(printable("\n".join(table(summary_rows(summary), indent=""))))
-
-
-def component_lines(components: Sequence[ComponentEntry]) -> list[str]:
-    """Weights of each component by storage form, and what is otherwise than was asked for."""
-    rows = [
-        (
-            entry.name,
-            size(sum(entry.weight_bytes.values())),
-            forms(entry.weight_bytes),
-        )
-        for entry in components
-    ]
-    kept = [
-        f"  {entry.name}: '{name}' stayed float: {reason}"
-        for entry in components
-        for name, reason in entry.kept_in_float.items()
-    ]
-    said = [f"  {entry.name}: {line}" for entry in components for line in entry.exceptions]
-    return [*table(rows), *kept, *said, *fallback_lines(components), *_advice(components)]
-
-
-def fallback_lines(components: Sequence[ComponentEntry]) -> list[str]:
-    """Operators that run outside the delegate: how often, where they were written, and why."""
-    found = [(entry.name, each) for entry in components for each in entry.fallbacks]
-    if not found:
-        return []
-    count = sum(each.count for _, each in found)
-    rows = [
-        (f"{each.count} x", each.operator, name, each.source, each.reason) for name, each in found
-    ]
-    return [f"Outside the delegate: {count} operators", *table(rows)]
-
-
-def _advice(components: Sequence[ComponentEntry]) -> list[str]:
-    """What would hinder the accelerator, told once for all components."""
-    by_line: dict[str, list[str]] = {}
-    for entry in components:
-        for line in entry.advice:
-            by_line.setdefault(line, []).append(entry.name)
-    if not by_line:
-        return []
-    rows = [f"  {line} ({', '.join(names)})" for line, names in by_line.items()]
-    return ["For the accelerator (advice, not measured):", *rows]
-
-
-def forms(weight_bytes: Mapping[str, int]) -> str:
-    """Bytes of weights by storage form."""
-    return ", ".join(f"{form} {size(count)}" for form, count in weight_bytes.items() if count)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from lorgnette.cli.export import forms
+from lorgnette.cli.components import departures, forms
 from lorgnette.cli.output import Command, print_json, printable, require_extra, size, table
 from lorgnette.errors import LorgnetteError
 
@@ -57,11 +57,10 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
     """A bundle's manifest and what follows from it; sizes are checked, contents are not."""
     from lorgnette.bundle import open_bundle
     from lorgnette.cli import predict
-    from lorgnette.manifest import CACHE8
 
     manifest = open_bundle(path).manifest
     spec, context = manifest.spec, manifest.context_length
-    cache_bits = 8 if CACHE8 in manifest.requires else 32
+    cache_bits = _cache_bits(manifest)
     kv = predict.kv_bytes_per_token(spec.text, cache_bits)
     weights = sum(sum(entry.weight_bytes.values()) for entry in manifest.components)
     return {
@@ -80,6 +79,8 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "recipe": msgspec.to_builtins(manifest.recipe),
         "context_length": context,
         "components": _components(manifest),
+        "departures": departures(manifest.components),
+        "not_run": manifest.not_run or None,
         "pictures": predict.pictures(spec, manifest.preprocess),
         "kv_cache_bytes": {"per_1000_tokens": 1000 * kv, "at_full_context": context * kv},
         "predicted_memory_bytes": predict.memory(
@@ -88,6 +89,16 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "files": [msgspec.to_builtins(entry) for entry in manifest.files],
         "bytes": sum(entry.bytes for entry in manifest.files),
     }
+
+
+def _cache_bits(manifest: Manifest) -> int:
+    """Bits of an element of the KV cache: as its states say, where it is state."""
+    from lorgnette.manifest import CACHE8
+
+    functions = manifest.component("decoder").functions
+    if any(state.dtype == "float16" for function in functions for state in function.states):
+        return 16
+    return 8 if CACHE8 in manifest.requires else 32
 
 
 def _rules(manifest: Manifest) -> list[str]:
@@ -107,6 +118,10 @@ def _components(manifest: Manifest) -> list[dict[str, Any]]:
             "operators_by_name": entry.operators,
             "weight_bytes": entry.weight_bytes,
             "kept_in_float": entry.kept_in_float,
+            "exceptions": list(entry.exceptions),
+            "fallbacks": [msgspec.to_builtins(fallback) for fallback in entry.fallbacks],
+            "advice": list(entry.advice),
+            "functions": [msgspec.to_builtins(function) for function in entry.functions],
             "inputs": [msgspec.to_builtins(tensor) for tensor in entry.inputs],
             "outputs": [msgspec.to_builtins(tensor) for tensor in entry.outputs],
             "caches": len(entry.cache_inputs),
@@ -166,6 +181,7 @@ def _bundle_lines(document: dict[str, Any]) -> list[str]:
         ("bundle", f"{document['path']}, format {made['major']}.{made['minor']}"),
         ("checkpoint", f"{document['checkpoint']}, {_family(document)}"),
         ("target", f"{document['target']}, engine {document['engine']}"),
+        *([("not run", document["not_run"])] if document["not_run"] else []),
         ("scheme", document["quant"]),
         *(("", rule) for rule in document["rules"]),
         *_common_rows(document),
@@ -188,6 +204,7 @@ def _bundle_lines(document: dict[str, Any]) -> list[str]:
         *table(rows, indent=""),
         "components",
         *table(components),
+        *document["departures"],
         f"predicted peak memory {size(predicted['total'])} and what the engine adds: {parts}",
         f"files, {size(document['bytes'])}",
         *table(files),

@@ -132,12 +132,13 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
 
 def _target_rows(entry: dict[str, Any]) -> list[tuple[str, str]]:
     tiles, bits = entry["tile_counts"], " or ".join(map(str, entry["cache_bits"]))
-    counts = tiles if tiles == "any" else " or ".join(map(str, tiles))
+    counts = "any number of" if tiles == "any" else " or ".join(map(str, tiles))
+    noun = "tile" if tiles == (1,) else "tiles"
     return [
         ("for", entry["summary"]),
         ("systems", entry["os_floor"]),
         ("schemes", ", ".join(entry["schemes"])),
-        ("graphs", f"{entry['arithmetic']}, {counts} tiles a call"),
+        ("graphs", f"{entry['arithmetic']}, {counts} {noun} a call"),
         ("KV cache", f"{entry['cache_style']}, {bits} bits"),
         ("engine", entry["engine"]),
         ("made here", "yes" if entry["can_lower"] else f"no: {entry['no_lower_reason']}"),

@@ -50,9 +50,12 @@ def parity_lines(
 
 
 def parity_document(comparison: Comparison) -> dict[str, Any]:
-    """What is told of several bundles besides what is told of each."""
+    """What is told of several bundles besides what is told of each.
+
+    `agree` is null where no two bundles got far enough to be compared.
+    """
     return {
-        "agree": comparison.passed,
+        "agree": comparison.passed if comparison.pairs else None,
         "pairs": [msgspec.to_builtins(pair) for pair in comparison.pairs],
     }
 

@@ -137,7 +137,7 @@ SLOW = [
 ]
 
 
-@pytest.fixture(scope="module", params=[pytest.param(("smolvlm-tiny", 12), id="few"), *SLOW])
+@pytest.fixture(scope="module", params=[pytest.param(("smolvlm-tiny", 24), id="few"), *SLOW])
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """One family and some questions by default."""
     name, count = request.param

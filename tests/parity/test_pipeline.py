@@ -89,9 +89,9 @@ def test_steps_are_told_in_order(tmp_path: Path) -> None:
         "reference, original weights",
         "reference, rounded weights",
         "reference, rounded activations",
-        "original answers",
         "write manifest",
-        "verify",
+        "original answers",
+        "verify onnx-cpu",
         "measure quality",
     ]
     assert ladder.passed
@@ -240,7 +240,7 @@ def test_the_twin_is_not_shipped(tmp_path: Path) -> None:
     bounds = bundle.manifest.golden.bounds
     for rung, bound in zip(ladder.rungs[2:4], (bounds.image_tokens, bounds.logits), strict=True):
         assert rung.error is not None
-        assert FLOAT_BOUND < rung.error < bound < 0.1
+        assert FLOAT_BOUND < rung.error < bound < 0.2
 
 
 def test_a_bundle_is_not_replaced_by_one_that_is_wrong(

@@ -332,7 +332,7 @@ def test_a_graph_that_is_not_the_reference_leaves_nothing_behind(
             patch.setattr(layer, "forward", wrong)
             return trace(component)
 
-    monkeypatch.setattr("lorgnette.export.pipeline.trace", mistaken)
+    monkeypatch.setattr("lorgnette.export.trace.trace", mistaken)
     with pytest.raises(VerifyError, match="rung 'image_tokens' failed"):
         export(made(name).checkpoint, tmp_path / "b.lorg", Recipe(quant="int4-fast"))
     assert list(tmp_path.iterdir()) == []

@@ -196,6 +196,67 @@ def test_newer_minor_is_read(path: Path) -> None:
     assert open_bundle(path).manifest.format.minor == 7
 
 
+def test_an_older_minor_tells_of_nothing_new(path: Path) -> None:
+    def change(values: Json) -> None:
+        for key in ("functions", "exceptions", "fallbacks", "advice"):
+            for component in values["components"]:
+                component.pop(key, None)
+        values.pop("not_run", None)
+        values["recipe"].pop("max_fallback", None)
+
+    edit(path, change)
+    manifest = open_bundle(path).manifest
+    assert manifest.format.minor == 0
+    assert (manifest.not_run, manifest.recipe.max_fallback) == ("", None)
+    for entry in manifest.components:
+        new = (entry.functions, entry.exceptions, entry.fallbacks, entry.advice)
+        assert new == ((), (), (), ())
+
+
+def test_what_targets_tell_is_read_as_it_stands(path: Path) -> None:
+    tensor = {"name": "x", "dtype": "float16", "shape": [1, "T"]}
+    function = {
+        "name": "decode_one",
+        "entry_point": "decode",
+        "inputs": [tensor],
+        "outputs": [],
+        "states": [tensor],
+    }
+    fallback = {"operator": "a.b", "source": "export/x.py:3", "count": 2, "reason": "none"}
+    told: Json = {
+        "functions": [function],
+        "exceptions": ["scales rounded to float16"],
+        "fallbacks": [fallback],
+        "advice": ["too many axes"],
+    }
+
+    def change(values: Json) -> None:
+        values["components"][0] |= told
+        values["not_run"] = "its chip is elsewhere"
+
+    edit(path, change)
+    manifest = open_bundle(path).manifest
+    entry = manifest.components[0]
+    assert msgspec.to_builtins(entry.functions[0].states[0].shape) == (1, "T")
+    again = json.loads(encode_manifest(manifest))
+    assert {key: again["components"][0][key] for key in told} == told
+    assert again["not_run"] == manifest.not_run == "its chip is elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("fallbacks", [{"operator": "a.b", "source": "", "count": "2", "reason": ""}]),
+        ("functions", [{"name": "f", "entry_point": "decode", "inputs": []}]),
+        ("exceptions", "none"),
+        ("advice", [3]),
+    ],
+)
+def test_what_targets_tell_is_checked(path: Path, key: str, value: object) -> None:
+    edit(path, lambda values: values["components"][0].update({key: value}))
+    refused(path, "manifest is not valid", key)
+
+
 def test_unknown_requirement(path: Path) -> None:
     def change(values: Json) -> None:
         values["requires"] += ["warp", "audio"]

@@ -69,7 +69,7 @@ def test_every_option_reaches_the_recipe(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def record(
         path: Path,
-        out: Path,
+        outs: dict[str, Path],
         recipe: Recipe,
         *,
         vision: Path | None,
@@ -77,24 +77,26 @@ def test_every_option_reaches_the_recipe(monkeypatch: pytest.MonkeyPatch) -> Non
         replace: bool,
         progress: object,
     ) -> None:
-        asked.append((path, out, recipe, vision, pictures, replace))
+        asked.append((path, outs, recipe, vision, pictures, replace))
         raise ConfigError("far enough")
 
-    monkeypatch.setattr("lorgnette.export.pipeline.export", record)
+    monkeypatch.setattr("lorgnette.export.pipeline.export_all", record)
     options = ("--target", "x", "--quant", "y", "--context", 9, "--max-tiles", 5, "--split")
-    own = ("--calibrate", "pictures", "--measure", 3, "--accept-loss")
+    own = ("--calibrate", "pictures", "--measure", 3, "--accept-loss", "--max-fallback", 7)
     assert call("export", ZOO, *options, *own, "--force").exit_code == 2
     apart = ("--vision", "mmproj.gguf")
     assert call("export", "m.gguf", "--longest-edge", 64, *apart).exit_code == 2
-    recipe = Recipe(target="x", quant="y", context_length=9, max_tiles=5, split=True)
+    recipe = Recipe(
+        target="x", quant="y", context_length=9, max_tiles=5, split=True, max_fallback=7
+    )
     assert asked == [
         (
-            *(ZOO, Path("smolvlm-tiny-y.lorg"), recipe, None),
+            *(ZOO, {"x": Path("smolvlm-tiny-y.lorg")}, recipe, None),
             *(Pictures(Path("pictures"), measure=3, accept_loss=True), True),
         ),
         (
-            *(Path("m.gguf"), Path("m-fp32.lorg"), Recipe(longest_edge=64), Path("mmproj.gguf")),
-            *(Pictures(), False),
+            *(Path("m.gguf"), {"onnx-cpu": Path("m-fp32.lorg")}, Recipe(longest_edge=64)),
+            *(Path("mmproj.gguf"), Pictures(), False),
         ),
     ]
 

@@ -143,6 +143,9 @@ def test_stored_bytes_of_floats() -> None:
         ("int8", "vision_encoder", 8, True),
         ("int8", "decoder", 8, True),
         ("int8", "token_embedding", 8, True),
+        ("int8-channel", "vision_encoder", 8, True),
+        ("int8-channel", "decoder", 8, True),
+        ("int8-channel", "token_embedding", 8, True),
         ("int4", "vision_encoder", 8, True),
         ("int4", "decoder", 4, True),
         ("int4", "token_embedding", 4, True),
@@ -153,7 +156,7 @@ def test_plans(plan: str, component: str, bits: int, rounded: bool) -> None:
     assert (scheme.bits, scheme.activations != "float") == (bits, rounded)
 
 
-@pytest.mark.parametrize("plan", ["int8", "int4"])
+@pytest.mark.parametrize("plan", ["int8", "int8-channel", "int4"])
 def test_vision_is_rounded_by_position_but_for_pixels_and_gates(plan: str) -> None:
     def activations(parameter: str) -> str:
         return find_plan(plan).scheme_for("vision_encoder", f"{parameter}.weight").activations
@@ -163,6 +166,21 @@ def test_vision_is_rounded_by_position_but_for_pixels_and_gates(plan: str) -> No
     assert activations("tower.embed.projection") == "float"
     assert activations("projector.block1.gate.fc2") == "float"
     assert activations("projector.block1.pointwise") == "int8_token"
+
+
+def test_int8_by_channel_has_no_groups_where_inputs_are_multiplied() -> None:
+    plan = find_plan("int8-channel")
+    for name in (
+        "head.weight",
+        "layers.0.attention.q_proj.weight",
+        "layers.3.mlp.down_proj.weight",
+    ):
+        scheme = plan.scheme_for("decoder", name)
+        assert (scheme.bits, scheme.group_size, scheme.activations) == (8, 0, "int8_token")
+        assert scheme.symmetric
+    # Rows of the table are gathered, so that groups cost nothing there.
+    assert plan.scheme_for("token_embedding", "weight").group_size == 32
+    assert plan.needs_samples
 
 
 def test_unknown_plan_lists_the_known() -> None:

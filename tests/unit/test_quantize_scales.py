@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lorgnette.errors import ConfigError
 from lorgnette.quantize.methods import rtn
-from lorgnette.quantize.scales import half_scales, split_scales, whole_scales
+from lorgnette.quantize.scales import half_scales, short_scales, split_scales, whole_scales
 from lorgnette.quantize.scheme import Activations, QuantScheme, ScaleBits
 
 LEAST, MOST = 2.0**-24, 65504.0
@@ -33,6 +33,57 @@ def test_a_scale_too_large_for_16_bits_is_told() -> None:
     with pytest.raises(ConfigError, match="too large for 16 bits") as caught:
         half_scales(np.array([1, -65520], np.float32))
     assert "65520" in str(caught.value)
+
+
+BFLOAT_MOST = 65280.0
+"""The largest number of 8 significant bits within float16: 255 * 2**8."""
+
+
+def bits_of(value: float) -> int:
+    return int(struct.unpack("<I", struct.pack("<f", value))[0])
+
+
+def float_of(bits: int) -> float:
+    return float(struct.unpack("<f", struct.pack("<I", bits))[0])
+
+
+@given(st.floats(2.0**-14, BFLOAT_MOST, width=32), st.sampled_from([1, -1]))
+def test_a_short_scale_is_the_nearest_bfloat16_ties_to_even(size: float, sign: int) -> None:
+    (got,) = short_scales(np.array([sign * size], np.float32)).tolist()
+    below = bits_of(size) >> 16  # a bfloat16 is the upper half of a float32
+    under, over = float_of(below << 16), float_of(below + 1 << 16)
+    if size - under == over - size:
+        wanted = under if below % 2 == 0 else over
+    else:
+        wanted = under if size - under < over - size else over
+    assert got == sign * wanted
+
+
+@given(st.floats(-BFLOAT_MOST, BFLOAT_MOST, width=32))
+def test_a_short_scale_is_exact_in_float16_and_in_bfloat16(scale: float) -> None:
+    (got,) = short_scales(np.array([scale], np.float32)).tolist()
+    assert struct.unpack("<e", struct.pack("<e", got)) == (got,)
+    assert bits_of(got) & 0xFFFF == 0
+    assert (got == 0) == (scale == 0)
+    assert got * scale >= 0
+    # Two roundings below the least normal number of float16, one above.
+    assert abs(got - scale) <= max(2**-8 * abs(scale), 1.5 * LEAST)
+    assert short_scales(np.array([got], np.float32)).tolist() == [got]
+
+
+def test_short_scales_at_ties_and_at_the_ends() -> None:
+    one = 1 + 2.0**-8  # halfway between 1, which is even, and 1 + 2**-7
+    three = 1 + 3 * 2.0**-8  # halfway between 1 + 2**-7, which is odd, and 1 + 2**-6
+    given_scales = np.array([[one, three, np.nextafter(np.float32(one), 2), -one]], np.float32)
+    assert short_scales(given_scales).tolist() == [[1, 1 + 2.0**-6, 1 + 2.0**-7, -1]]
+    ends = np.array([BFLOAT_MOST, -BFLOAT_MOST, 2.0**-40, -(2.0**-40), 0], np.float32)
+    assert short_scales(ends).tolist() == [BFLOAT_MOST, -BFLOAT_MOST, LEAST, -LEAST, 0]
+
+
+@pytest.mark.parametrize("scale", [65408.0, MOST, -65536.0, 3e38, math.inf, math.nan])
+def test_a_short_scale_too_large_for_float16_is_told(scale: float) -> None:
+    with pytest.raises(ConfigError, match="too large for 16 bits"):
+        short_scales(np.array([1, scale], np.float32))
 
 
 def for_groups(
@@ -90,6 +141,7 @@ def test_codes_are_chosen_for_the_scales_that_are_stored(
     made = rtn.quantize(weight, scheme)
     if scale_bits == 16:
         assert np.array_equal(made.scales.astype(np.float16), made.scales)
+        assert not (np.ascontiguousarray(made.scales).view(np.uint32) & 0xFFFF).any()
     else:
         assert np.abs(split_scales(made.scales, 127)[0]).max() <= 127
     off = np.abs(made.dequantize() - weight).reshape(9, 2, 32)
