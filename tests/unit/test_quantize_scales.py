@@ -47,7 +47,14 @@ def float_of(bits: int) -> float:
     return float(struct.unpack("<f", struct.pack("<I", bits))[0])
 
 
-@given(st.floats(2.0**-14, BFLOAT_MOST, width=32), st.sampled_from([1, -1]))
+TIES = st.tuples(
+    st.integers(bits_of(2.0**-14) >> 16, (bits_of(BFLOAT_MOST) >> 16) - 1),
+    st.sampled_from([0x7FFF, 0x8000, 0x8001]),
+).map(lambda halves: float_of(halves[0] << 16 | halves[1]))
+"""Floats halfway between two bfloat16, and those beside them."""
+
+
+@given(st.floats(2.0**-14, BFLOAT_MOST, width=32) | TIES, st.sampled_from([1, -1]))
 def test_a_short_scale_is_the_nearest_bfloat16_ties_to_even(size: float, sign: int) -> None:
     (got,) = short_scales(np.array([sign * size], np.float32)).tolist()
     below = bits_of(size) >> 16  # a bfloat16 is the upper half of a float32
