@@ -8,7 +8,6 @@ import pytest
 
 pytest.importorskip("executorch", reason="executorch is not installed")
 
-from lorgnette.export.matrices import matrices_of
 from lorgnette.quantize.plan import PLANS
 from lorgnette.targets import find_target
 from tests.executorch_case import Case, lower_case
@@ -57,10 +56,5 @@ def test_vulkan_takes_every_method_whole(tmp_path: Path) -> None:
     assert all(backends == {"VulkanBackend"} for backends in delegates(case).values())
 
 
-def test_the_npu_is_refused_with_the_reason(tmp_path: Path) -> None:
-    from tests.eager import Eager
-    from tests.executorch_case import smolvlm
-
-    components = Eager(smolvlm(tmp_path)).components.values()
-    problems = find_target("executorch-qnn").check(matrices_of(list(components)), PLANS["fp32"])
-    assert "Qualcomm's SDK" in problems[0]
+def test_the_npu_is_refused_with_the_reason() -> None:
+    assert "Qualcomm's SDK" in find_target("executorch-qnn").missing()

@@ -234,6 +234,7 @@ def test_encoders(
     emulated = copy.deepcopy(module)
     round_inputs(emulated, PLANS[plan], component.name)
     rounds = plan in {"int8", "int4-fast"}
+    seen: list[tuple[Array, Array, Array]] = []
     for count in (1, 3):
         tiles = random_tiles(count, spec.image_size)
         with torch.no_grad():
@@ -243,9 +244,12 @@ def test_encoders(
         assert got.shape == wanted.shape == (count, tokens, 48)
         assert wanted.std() > 0.3
         assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
-        if rounds:
-            (got,) = shipped.run(tiles)
-            assert agree_where_nothing_tipped(got, rounded, wanted)
+        seen.append((shipped.run(tiles)[0], rounded, wanted))
+    if rounds:
+        # One value that tips may reach every token of its tile: some tile of the four is spared.
+        assert agree_where_nothing_tipped(
+            *(np.concatenate(each) for each in zip(*seen, strict=True))
+        )
     report = shipped.report
     assert set(report.kept_in_float) == (set() if plan == "fp32" else KERNELS[name])
     operators = report.operators

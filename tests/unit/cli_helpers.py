@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import functools
+import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
@@ -23,6 +26,12 @@ from lorgnette.cli.main import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 ZOO = ROOT / "tests" / "zoo" / "checkpoints" / "smolvlm-tiny"
+RUNGS = ["pixels", "prompt_ids", "image_tokens", "logits", "greedy_ids"]
+COMPARED = ["image_tokens", "logits", "greedy_ids"]
+SMALL = ("--context", 256, "--measure", 0, "--quant", "fp32")
+BOTH = ("coreml", "onnx-cpu")
+Made = tuple[list[Path], Any]
+"""Bundles of both, and the document of their export."""
 
 
 def call(*args: object) -> Result:
@@ -124,3 +133,39 @@ def _scratch() -> Path:
     path = Path(tempfile.mkdtemp(prefix="lorgnette-cli-"))
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, *hidden: str) -> None:
+    """Makes packages look as if they were not installed."""
+    find = importlib.util.find_spec
+
+    def found(name: str, package: str | None = None) -> object:
+        return None if name in hidden else find(name, package)
+
+    monkeypatch.setattr("importlib.util.find_spec", found)
+
+
+def change(source: Path, target: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of a bundle with another manifest."""
+    shutil.copytree(source, target)
+    manifest = json.loads((target / "manifest.json").read_text())
+    edit(manifest)
+    (target / "manifest.json").write_text(json.dumps(manifest))
+    return target
+
+
+def vouch(bundle: Path, name: str) -> None:
+    """Makes a bundle's manifest vouch for a file as it is now."""
+    data = (bundle / name).read_bytes()
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (entry,) = [entry for entry in manifest["files"] if entry["path"] == name]
+    entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+def refused(result: Result, code: int = 2) -> str:
+    """The one line on stderr of a command that failed."""
+    assert result.exit_code == code, result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.cli_helpers import BOTH, SMALL, ZOO, Made, document
+
 
 @pytest.fixture(scope="session")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -31,3 +33,11 @@ def copy_of(originals: Path, tmp_path: Path) -> Callable[[str], Path]:
         return Path(shutil.copytree(originals / name, tmp_path / name))
 
     return copy_of
+
+
+@pytest.fixture(scope="session")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Two targets from one export."""
+    folder = tmp_path_factory.mktemp("targets")
+    told = document("export", ZOO, "--target", ",".join(BOTH), "--out", folder / "a.lorg", *SMALL)
+    return [folder / f"a-{name}.lorg" for name in BOTH], told

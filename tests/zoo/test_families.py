@@ -129,6 +129,8 @@ def test_tokenizer_gives_back_any_text(family: Family, text: str) -> None:
     # Qwen2's kind normalises; the ASCII part of what hypothesis draws is enough for it.
     wanted = text.encode("ascii", "ignore").decode() if family.name == "omnivlm-tiny" else text
     wanted = wanted.replace("\u2581", "").replace("\0", "")
+    # Nor do names of special tokens come back: decoding leaves them out.
+    wanted = wanted.replace("<", "")
     assert tokens.decode(tokens.encode(wanted)) == wanted
 
 
