@@ -107,6 +107,7 @@ def session(graph: Path | bytes, threads: int = 1) -> Session:
     """An engine, by default of one thread, which makes runs repeatable."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 

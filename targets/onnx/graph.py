@@ -58,6 +58,8 @@ class GraphBuilder:
         self.operators: Counter[str] = Counter()
         self.weight_bytes: Counter[str] = Counter()
         self.kept_in_float: dict[str, str] = {}
+        self.module = ""
+        """The module that the next nodes are of, which their names begin with."""
         self._source = source
         self._weights = weights
         self._nodes: list[ir.Node] = []
@@ -75,20 +77,21 @@ class GraphBuilder:
         outputs: int = 1,
         of_weights: bool = False,
     ) -> list[ir.Value]:
-        """Appends a node and returns its outputs.
+        """Appends a node and returns its outputs; its name is `module/Operator_number`.
 
         Those that make one array of weights of another stand before all others. onnxruntime runs
         what a node needs in the reverse order of that in the file: where a multiplication needs
         both what came before it and weights, weights come last, and only those of one
         multiplication lie in memory.
         """
+        number = len(self._nodes) + len(self._weight_nodes)
         made = ir.Node(
             domain,
             operator,
             inputs,
             attributes=ir.convenience.convert_attributes(attributes or {}),
             num_outputs=outputs,
-            name=f"{operator}_{len(self._nodes) + len(self._weight_nodes)}",
+            name=f"{self.module}/{operator}_{number}",
         )
         for index, value in enumerate(made.outputs):
             value.name = f"{made.name}_{index}"
@@ -356,7 +359,15 @@ def build_graph(builder: GraphBuilder, program: ExportedProgram) -> ir.Model:
                     where=f"{builder.component.name}, target onnx",
                     hint="add it to targets/onnx/operators.py",
                 )
+            builder.module = module_of(node)
             known[node] = translate(builder, node, known)
         elif node.op == "output":
             outputs = [known[arg] for arg in node.args[0]]
     return builder.finish(outputs)  # type: ignore[arg-type]
+
+
+def module_of(node: torch.fx.Node) -> str:
+    """The path of the module that a traced node was written in, empty for the whole component."""
+    stack = node.meta.get("nn_module_stack") or {"": ("", "")}
+    path, _ = list(stack.values())[-1]
+    return str(path)

@@ -190,7 +190,7 @@ class PlusWeight(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.position = nn.Parameter(torch.empty(1, WIDTH))
-        self.norm = nn.LayerNorm(WIDTH)
+        self.norm = nn.RMSNorm(WIDTH, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x + self.position)  # type: ignore[no-any-return]
@@ -208,10 +208,10 @@ class PlusBroadcast(nn.Module):
 
 
 FUSIONS: dict[str, tuple[Callable[[], nn.Module], int, dict[str, int]]] = {
-    "layer norm": (
+    "layer norm stays": (
         lambda: Residual(nn.LayerNorm),
         2,
-        {"com.microsoft::SkipLayerNormalization": 2, "ai.onnx::LayerNormalization": 0},
+        {"com.microsoft::SkipLayerNormalization": 0, "ai.onnx::LayerNormalization": 2},
     ),
     "rms norm": (
         lambda: Residual(nn.RMSNorm),
@@ -233,7 +233,10 @@ FUSIONS: dict[str, tuple[Callable[[], nn.Module], int, dict[str, int]]] = {
     "weight": (
         PlusWeight,
         1,
-        {"com.microsoft::SkipLayerNormalization": 0, "ai.onnx::LayerNormalization": 1},
+        {
+            "com.microsoft::SkipSimplifiedLayerNormalization": 0,
+            "ai.onnx::SimplifiedLayerNormalization": 1,
+        },
     ),
     "broadcast": (
         PlusBroadcast,

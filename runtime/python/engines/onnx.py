@@ -171,6 +171,9 @@ def _session(bundle: Bundle, component: str, threads: int) -> onnxruntime.Infere
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # fatal ones only: errors arrive as exceptions
+    # Exports write what is to run. More would take longer to load and join layer normalisations
+    # with their additions, which is slower.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     path = bundle.file(bundle.manifest.component(component).graph)
     try:
         session = onnxruntime.InferenceSession(
