@@ -30,7 +30,7 @@ class FreshPictures:
         ImageError: The file is no picture.
     """
 
-    def __init__(self, source: Path | None, side: int) -> None:
+    def __init__(self, source: str | Path | None, side: int) -> None:
         """Reads or draws it."""
         self._base = draw(side) if source is None else load_image(source)
         self._taken = 0
