@@ -32,9 +32,7 @@ def start(job: Job) -> Started:
     picture = FreshPictures(job.picture, spec.tile_size).take()
     chat = with_preprocess(model, one_tile(spec)).chat()
     next(chat.send(QUESTION, [picture], ONE_TOKEN), "")
-    return Started(
-        entered=ENTERED, imported=imported, ready=ready, first_token=time.monotonic()
-    )
+    return Started(entered=ENTERED, imported=imported, ready=ready, first_token=time.monotonic())
 
 
 def do(job: Job) -> object:

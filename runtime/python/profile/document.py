@@ -349,6 +349,8 @@ def read_profile(path: Path) -> Profile:
         ProfileError: The file is missing, too large, of another version or not a profile.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ProfileError("cannot read the profile", where=path, got="not a plain file")
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:

@@ -22,6 +22,9 @@ MOST_SPREAD = 1.5
 """p90 over p10 of a figure."""
 FEWEST_RUNS = 5
 """Runs below which the spread of a figure says little."""
+SHORTEST_MS = 1.0
+"""Shorter times scatter on the quietest machine."""
+NONE_TELLS = f"no figure of {SHORTEST_MS:g} ms or more has {FEWEST_RUNS} runs"
 STEAL = 7
 """Its place among the times of /proc/stat; those behind are part of the first ones."""
 
@@ -56,15 +59,15 @@ class NoiseWatch:
         if steal is not None and steal > MOST_STEAL:
             notes.append(f"{steal:.1%} of the time went to other guests of the host (steal)")
         if width is not None and width > MOST_CALIBRATION:
-            notes.append(f"a fixed piece of work took {width:.2f} times as long at p90 as at p10")
+            notes.append(f"p90 of a fixed piece of work is {width:.2f} times its p10")
         if widest is not None and widest > MOST_SPREAD:
-            notes.append(f"{name} took {widest:.2f} times as much at p90 as at p10")
+            notes.append(f"p90 of {name} is {widest:.2f} times its p10")
         reasons = {
             "load_average": "the system does not tell" if self._load is None else "",
             "steal_share": "there is no /proc/stat that tells" if steal is None else "",
             "calibration_spread": "not timed" if width is None else "",
-            "widest": "" if name else f"no figure has {FEWEST_RUNS} runs",
-            "widest_spread": "" if name else f"no figure has {FEWEST_RUNS} runs",
+            "widest": "" if name else NONE_TELLS,
+            "widest_spread": "" if name else NONE_TELLS,
         }
         return Noise(
             noisy=bool(notes),
@@ -96,9 +99,15 @@ class NoiseWatch:
 
 
 def _widest(figures: Mapping[str, Figure]) -> tuple[str | None, float | None]:
-    found = {name: spread(of) for name, of in figures.items() if of.runs >= FEWEST_RUNS}
+    found = {name: spread(of) for name, of in figures.items() if _is_telling(name, of)}
     known = {name: width for name, width in found.items() if width is not None}
     if not known:
         return None, None
     name = max(known, key=lambda each: known[each])
     return name, known[name]
+
+
+def _is_telling(name: str, of: Figure) -> bool:
+    """Whether the spread of a figure tells of noise."""
+    long = not name.endswith("_ms") or (of.median or 0.0) >= SHORTEST_MS
+    return of.runs >= FEWEST_RUNS and long

@@ -104,9 +104,7 @@ def _nodes(trace: OperatorTrace) -> list[_Event]:
         events = msgspec.json.decode(Path(trace.path).read_bytes(), type=list[_Event])
     except (OSError, *DAMAGE) as error:
         where = trace.component
-        raise ProfileError(
-            "the engine's profile cannot be read", where=where, got=error
-        ) from error
+        raise ProfileError("the engine's profile cannot be read", where=where, got=error) from error
     nodes = [event for event in events if event.cat == "Node" and event.name.endswith(SUFFIX)]
     outer: list[_Event] = []
     end = -1

@@ -41,9 +41,7 @@ def run_job(job: Job, type_: type[Reply]) -> tuple[Reply, float]:
         failure = Path(f"{reply}.failure")
         if failure.is_file():
             raise _error(msgspec.json.decode(failure.read_bytes(), type=Failure))
-        raise ProfileError(
-            "a measuring process failed", where=job.kind, got=_last_line(said, code)
-        )
+        raise ProfileError("a measuring process failed", where=job.kind, got=_last_line(said, code))
 
 
 def _wait(command: list[str], errors: int) -> int:

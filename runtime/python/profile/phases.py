@@ -121,7 +121,9 @@ def decode(model: Model, bench: Bench, context: int) -> Decode:
     step = _Step(model, state, ids)
     runs = max(STEPS, bench.runs) if bench.runs > 1 else 1
     samples = bench.samples(f"decode, context {context}", step.run, runs)
-    parts = [figure(part[-len(samples) :]) for part in (step.embedding, step.decoder, step.sampling)]
+    parts = [
+        figure(part[-len(samples) :]) for part in (step.embedding, step.decoder, step.sampling)
+    ]
     return Decode(
         token_ms=figure(samples),
         embedding_ms=parts[0],

@@ -67,7 +67,8 @@ def draw(side: int) -> Pixels:
     planes[(x - 0.6) ** 2 + (y - 0.55) ** 2 < 0.06] = (200, 40, 60)
     planes[(x * 16).astype(int) % 2 == (y * 16).astype(int) % 2] += 20
     planes += np.random.default_rng(0).integers(0, 16, planes.shape)
-    return np.clip(planes, 0, 255).astype(np.uint8)
+    drawn: Pixels = np.clip(planes, 0, 255).astype(np.uint8)
+    return drawn
 
 
 def one_tile(spec: Preprocess) -> Preprocess:
