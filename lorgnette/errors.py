@@ -81,6 +81,10 @@ class DatasetError(LorgnetteError):
     """A file of questions, or the answers to it, is damaged or not of its format."""
 
 
+class ProfileError(LorgnetteError):
+    """A profile is damaged, of another version, or could not be measured."""
+
+
 class MissingExtraError(LorgnetteError):
     """An optional part of the package is not installed."""
 

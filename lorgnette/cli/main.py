@@ -13,6 +13,7 @@ from lorgnette.cli.evaluate import evaluate
 from lorgnette.cli.export import export
 from lorgnette.cli.inspect import inspect
 from lorgnette.cli.list import list_known
+from lorgnette.cli.profile import profile
 from lorgnette.cli.run import run
 from lorgnette.cli.search import search
 from lorgnette.cli.verify import verify
@@ -29,7 +30,7 @@ def cli() -> None:
     """
 
 
-for command in (export, search, run, evaluate, verify, inspect, list_known, doctor):
+for command in (export, search, run, profile, evaluate, verify, inspect, list_known, doctor):
     cli.add_command(command)
 
 

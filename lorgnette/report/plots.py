@@ -43,7 +43,7 @@ def kl_by_position(samples: Sequence[SampleQuality]) -> bytes:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False)
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def kl_of_samples(samples: Sequence[SampleQuality]) -> bytes:
@@ -68,7 +68,7 @@ def kl_of_samples(samples: Sequence[SampleQuality]) -> bytes:
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False)
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def sqnr_by_layer(tensors: Sequence[TensorQuality]) -> bytes:
@@ -90,7 +90,7 @@ def sqnr_by_layer(tensors: Sequence[TensorQuality]) -> bytes:
                     [value for _, value in points],
                     s=14,
                     color=COLOURS[number % len(COLOURS)],
-                    label=_label(component),
+                    label=label(component),
                 )
         axes.set_xlabel("layer (-1: in none)")
         axes.set_ylabel("signal to noise, dB")
@@ -98,7 +98,7 @@ def sqnr_by_layer(tensors: Sequence[TensorQuality]) -> bytes:
         if axes.collections:
             axes.legend(frameon=False, fontsize="small")
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def bytes_by_form(weight_bytes: Mapping[str, int]) -> bytes:
@@ -107,13 +107,13 @@ def bytes_by_form(weight_bytes: Mapping[str, int]) -> bytes:
     sizes = [weight_bytes[form] / 1e6 for form in forms]
 
     def draw(axes: Axes) -> None:
-        bars = axes.barh([_label(form) for form in forms], sizes, color=COLOURS[0], height=0.6)
+        bars = axes.barh([label(form) for form in forms], sizes, color=COLOURS[0], height=0.6)
         axes.bar_label(bars, [f"{size:.3g}" for size in sizes], padding=3)
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.set_xlabel("MB")
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def frontier(line: Sequence[Spot], marked: Mapping[str, Spot]) -> bytes:
@@ -125,13 +125,13 @@ def frontier(line: Sequence[Spot], marked: Mapping[str, Spot]) -> bytes:
         axes.plot(sizes, losses, ".-", color=COLOURS[0], linewidth=1, label="predicted")
         for number, (name, (size, loss)) in enumerate(marked.items(), start=1):
             colour = COLOURS[number % len(COLOURS)]
-            axes.plot([size / 1e6], [_at_least(loss)], "D", color=colour, label=_label(name))
+            axes.plot([size / 1e6], [_at_least(loss)], "D", color=colour, label=label(name))
         axes.set_yscale("log")
         axes.set_xlabel("weights, MB")
         axes.set_ylabel("KL divergence, nats")
         axes.legend(frameon=False, fontsize="small")
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def layer_of(name: str) -> int:
@@ -140,8 +140,8 @@ def layer_of(name: str) -> int:
     return int(found[1]) if found else -1
 
 
-def _label(name: str) -> str:
-    """A name from a manifest as a label: no formula, nothing that SVG could not hold."""
+def label(name: str) -> str:
+    """A name from a file as a label: no formula, nothing that SVG could not hold."""
     return re.sub(r"[^ -~]", "?", name)[:40].replace("$", r"\$")
 
 
@@ -149,12 +149,17 @@ def _at_least(value: float) -> float:
     return max(value, LEAST_KL)
 
 
-def _svg(draw: Callable[[Axes], None]) -> bytes:
-    """Draws one pair of axes; a user's settings of matplotlib play no part."""
+def svg(draw: Callable[[Axes], None], height: float = SIZE[1]) -> bytes:
+    """Draws one pair of axes; a user's settings of matplotlib play no part.
+
+    Args:
+        draw: Draws on them.
+        height: In inches.
+    """
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams["svg.hashsalt"] = "lorgnette"  # names in the file would be random without
-        figure = Figure(figsize=SIZE, layout="constrained")
+        figure = Figure(figsize=(SIZE[0], height), layout="constrained")
         axes = figure.subplots()
         draw(axes)
         axes.spines[["top", "right"]].set_visible(False)

@@ -10,9 +10,10 @@ from lorgnette.errors import BundleError, MissingExtraError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from lorgnette.bundle import Bundle
-    from lorgnette.runtime.engines.engine import Engine
+    from lorgnette.runtime.engines.engine import Engine, ProfiledEngine
 
 
 class Where(NamedTuple):
@@ -45,6 +46,36 @@ def open_engine(bundle: Bundle, threads: int) -> Engine:
         BundleError: It is unknown, or refuses a graph, or nothing but a device can run it.
         MissingExtraError: What it needs is not installed.
     """
+    make = cast("Callable[[Bundle, int], Engine]", _engine_class(bundle))
+    return make(bundle, threads)
+
+
+def open_profiled_engine(bundle: Bundle, threads: int, folder: Path) -> ProfiledEngine | None:
+    """The engine, opened to tell what each operator takes; None where its kind cannot.
+
+    Args:
+        bundle: The bundle.
+        threads: Threads of the engine.
+        folder: Where it may write.
+
+    Raises:
+        BundleError: As for `open_engine`.
+        MissingExtraError: As for `open_engine`.
+    """
+    found = _engine_class(bundle)
+    if not hasattr(found, "end_profiling"):
+        return None
+    make = cast("Callable[[Bundle, int, Path], ProfiledEngine]", found)
+    return make(bundle, threads, folder)
+
+
+def check_engine(bundle: Bundle) -> None:
+    """Refuses a bundle that nothing here runs, before anything is loaded.
+
+    Raises:
+        BundleError: Its engine is unknown, or nothing but a device can run it.
+        MissingExtraError: What the engine needs is not installed.
+    """
     name = bundle.manifest.engine
     if name not in ENGINES:
         wanted = ", ".join(ENGINES)
@@ -60,10 +91,12 @@ def open_engine(bundle: Bundle, threads: int) -> Engine:
             got=f"no {', '.join(missing)}",
             hint=f"pip install 'lorgnette[{ENGINES[name].extra}]'",
         )
-    where = ENGINES[name]
-    module = importlib.import_module(f"{__name__}.{where.module}")
-    make = cast("Callable[[Bundle, int], Engine]", getattr(module, where.name))
-    return make(bundle, threads)
+
+
+def _engine_class(bundle: Bundle) -> object:
+    check_engine(bundle)
+    where = ENGINES[bundle.manifest.engine]
+    return getattr(importlib.import_module(f"{__name__}.{where.module}"), where.name)
 
 
 def missing_for(name: str) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,3 +39,20 @@ class Engine(Protocol):
 
     def new_state(self) -> DecoderState:
         """An empty KV cache of the bundle's context length."""
+
+
+class OperatorTrace(NamedTuple):
+    """What an engine wrote down about the operators that it ran."""
+
+    component: str
+    path: Path
+    """Chrome's trace format: events of `cat` "Node" with `ts` and `dur` in microseconds."""
+    start_ns: int
+    """What `time.monotonic_ns` was when `ts` was 0."""
+
+
+class ProfiledEngine(Engine, Protocol):
+    """An engine that was opened to tell what each operator takes; not every kind can."""
+
+    def end_profiling(self) -> Sequence[OperatorTrace]:
+        """Ends it and gives a trace of each graph; once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,7 +29,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import (
 from lorgnette.bundle import Bundle
 from lorgnette.errors import BundleError
 from lorgnette.manifest import CACHE8, ComponentEntry
-from lorgnette.runtime.engines.engine import Float, Tiles
+from lorgnette.runtime.engines.engine import Float, OperatorTrace, Tiles
 
 ENGINE_ERRORS = (
     EPFail,
@@ -62,14 +63,14 @@ class OnnxEngine:
     Weights are memory-mapped from the bundle by onnxruntime itself.
     """
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
-        """Creates the sessions."""
+    def __init__(self, bundle: Bundle, threads: int, profile_folder: Path | None = None) -> None:
+        """Creates the sessions; with a folder to write in, they note what each operator takes."""
         self._context_length = bundle.manifest.context_length
         self._decoder_entry = bundle.manifest.component("decoder")
         # One thread: looking up a few rows is not worth waking others.
-        self._embedding = _session(bundle, "token_embedding", 1)
-        self._decoder = _session(bundle, "decoder", threads)
-        self._vision = _session(bundle, "vision_encoder", threads)
+        self._embedding = _session(bundle, "token_embedding", 1, profile_folder)
+        self._decoder = _session(bundle, "decoder", threads, profile_folder)
+        self._vision = _session(bundle, "vision_encoder", threads, profile_folder)
 
     def encode(self, tiles: Tiles) -> Float:
         """Image tokens of a batch of tiles. Shapes: uint8 `[G, 3, edge, edge]` to `[G, N, D]`."""
@@ -86,6 +87,15 @@ class OnnxEngine:
     def new_state(self) -> OnnxDecoderState:
         """An empty KV cache of the bundle's context length."""
         return OnnxDecoderState(self._decoder, self._decoder_entry, self._context_length)
+
+    def end_profiling(self) -> list[OperatorTrace]:
+        """Ends the notes of what each operator took; only where a folder was given."""
+        sessions = {
+            "vision_encoder": self._vision,
+            "token_embedding": self._embedding,
+            "decoder": self._decoder,
+        }
+        return [_trace(component, session) for component, session in sessions.items()]
 
 
 class OnnxDecoderState:
@@ -166,7 +176,18 @@ def _running(component: str) -> Iterator[None]:
         ) from error
 
 
-def _session(bundle: Bundle, component: str, threads: int) -> onnxruntime.InferenceSession:
+def _trace(component: str, session: onnxruntime.InferenceSession) -> OperatorTrace:
+    started = session.get_profiling_start_time_ns()
+    # Some C++ libraries count since the epoch, others as Python's monotonic clock does.
+    epoch, monotonic = time.time_ns(), time.monotonic_ns()
+    if abs(epoch - started) < abs(monotonic - started):
+        started += monotonic - epoch
+    return OperatorTrace(component, Path(session.end_profiling()), started)
+
+
+def _session(
+    bundle: Bundle, component: str, threads: int, profile_folder: Path | None = None
+) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -174,6 +195,9 @@ def _session(bundle: Bundle, component: str, threads: int) -> onnxruntime.Infere
     # Exports write what is to run. More would take longer to load and join layer normalisations
     # with their additions, which is slower.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    if profile_folder is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile_folder / component)
     path = bundle.file(bundle.manifest.component(component).graph)
     try:
         session = onnxruntime.InferenceSession(

@@ -1,0 +1,72 @@
+"""The process of one job: `python -m lorgnette.runtime.profile.child JOB.json REPLY`.
+
+The reply is JSON, or a `Failure` under `.failure`.
+"""
+
+from __future__ import annotations
+
+import time
+
+ENTERED = time.monotonic()
+
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import msgspec  # noqa: E402
+
+from lorgnette.errors import LorgnetteError  # noqa: E402
+from lorgnette.runtime.profile.request import Failure, Job, Started  # noqa: E402
+
+
+def start(job: Job) -> Started:
+    """Opens the bundle and asks about a picture of one tile."""
+    from lorgnette.runtime.model import open_model
+
+    imported = time.monotonic()
+    model = open_model(job.bundle, threads=job.threads)
+    ready = time.monotonic()
+    from lorgnette.runtime.profile.answers import ONE_TOKEN, QUESTION
+    from lorgnette.runtime.profile.picture import FreshPictures, one_tile, with_preprocess
+
+    spec = model.manifest.preprocess
+    picture = FreshPictures(job.picture, spec.tile_size).take()
+    chat = with_preprocess(model, one_tile(spec)).chat()
+    next(chat.send(QUESTION, [picture], ONE_TOKEN), "")
+    return Started(entered=ENTERED, imported=imported, ready=ready, first_token=time.monotonic())
+
+
+def do(job: Job) -> object:
+    """Does a job; what comes out can be written as JSON."""
+    if job.kind == "start":
+        return start(job)
+    from lorgnette.runtime.profile import jobs
+
+    kinds = {
+        "memory": jobs.memory_job,
+        "operators": jobs.operators_job,
+        "sweep": jobs.sweep_job,
+    }
+    return kinds[job.kind](job)
+
+
+def main(asked: str, reply: str) -> int:
+    """Reads a job, does it and writes the reply; an exit code."""
+    job = msgspec.json.decode(Path(asked).read_bytes(), type=Job)
+    try:
+        Path(reply).write_bytes(msgspec.json.encode(do(job)))
+    except LorgnetteError as error:
+        failure = Failure(
+            what=error.what,
+            where=error.where,
+            got=error.got,
+            wanted=error.wanted,
+            hint=error.hint,
+            exit_code=error.exit_code,
+        )
+        Path(f"{reply}.failure").write_bytes(msgspec.json.encode(failure))
+        return failure.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,38 @@
+"""What a measuring process is asked; light, since importing it counts as part of a cold start."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """One job of `child`: see `jobs` and `start`."""
+
+    kind: str
+    """`start`, `memory`, `operators` or `sweep`."""
+    bundle: str
+    threads: int
+    picture: str | None
+    """A file, None for a drawn one."""
+    runs: int
+    seconds: float
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """An error of ours that a job met: the parts of its line."""
+
+    what: str
+    where: str | None
+    got: str | None
+    wanted: str | None
+    hint: str | None
+    exit_code: int
+
+
+class Started(msgspec.Struct, frozen=True, kw_only=True):
+    """Moments of a start, by `time.monotonic`."""
+
+    entered: float
+    imported: float
+    ready: float
+    first_token: float
