@@ -16,8 +16,13 @@ def figures_of(profile: Profile) -> dict[str, Figure]:
     """Timings and speeds by dotted name, e.g. `phases.prefill.256.tokens_per_s`."""
     found: dict[str, Figure] = {}
     for name in MEASURED:
-        found |= dict(_walk(name, getattr(profile, name)))
+        found |= figures_in(name, getattr(profile, name))
     return found
+
+
+def figures_in(name: str, part: object) -> dict[str, Figure]:
+    """Figures of one part of a document, by names that begin with its own."""
+    return dict(_walk(name, part))
 
 
 def bytes_of(profile: Profile) -> dict[str, Figure]:
