@@ -101,6 +101,7 @@ def threads(sweep: Mapping[str, Threads]) -> bytes:
             if points:
                 xs, ys = [x for x, _ in points], [y / points[0][1] for _, y in points]
                 axes.plot(xs, ys, "o-", color=colour, label=name)
+        axes.set_xticks([int(count) for count in counts])
         axes.set_xlabel("threads")
         axes.set_ylabel(f"speed, {counts[0] if counts else 1} = 1")
         if axes.lines:
@@ -122,6 +123,7 @@ def ratios(rows: Sequence[Row]) -> bytes:
         axes.axvline(1.0, color="#444444", linewidth=0.8)
         axes.set_yticks(range(len(known)), [label(row.name) for row in known], fontsize="x-small")
         axes.set_xscale("log")
+        axes.margins(y=0.01)
         axes.invert_yaxis()
         axes.set_xlabel("A / B; lines: as the spreads allow")
 

@@ -127,14 +127,14 @@ def test_a_trace_that_tells_nothing_of_an_entry_point_is_refused(tmp_path: Path)
 
 
 def test_an_engine_without_a_profiler_is_null_with_the_reason(
-    fp32: Path, monkeypatch: pytest.MonkeyPatch
+    fp32: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     class Other:
         """An engine as others are."""
 
     monkeypatch.setattr("lorgnette.runtime.engines.onnx.OnnxEngine", Other)
     job = Job(kind="operators", bundle=str(fp32), threads=1, picture=None, runs=1, seconds=0.0)
-    found = jobs.operators_job(job)
+    found = jobs.operators_job(job, tmp_path)
     assert found.entry_points is None
     assert found.reason == "the engine 'onnxruntime' has no profiler of operators here"
 

@@ -97,6 +97,8 @@ class Settings(Part, frozen=True):
     """Width and height in pixels."""
     sweep: tuple[Count, ...]
     cold: bool
+    sweep_left_out: str = ""
+    """Why no other number of threads is tried, where that was not asked for."""
 
 
 class Battery(Part, frozen=True):

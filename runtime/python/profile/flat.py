@@ -36,7 +36,7 @@ def bytes_of(profile: Profile) -> dict[str, Figure]:
 
 
 def peak_memory(memory: dict[str, Memory]) -> int | None:
-    """The largest peak of all phases; None where one was to be measured and was not."""
+    """The largest peak of all phases; None where none was measured."""
     peaks = [phase.peak_bytes for phase in memory.values()]
     known = [peak for peak in peaks if peak is not None]
     return max(known) if known else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -61,16 +60,15 @@ def memory_job(job: Job) -> dict[str, Memory]:
     return found
 
 
-def operators_job(job: Job) -> Operators:
-    """The engine's own profile of each entry point."""
+def operators_job(job: Job, folder: Path) -> Operators:
+    """The engine's own profile of each entry point; it is written to a folder that exists."""
     bundle = open_bundle(job.bundle)
-    with tempfile.TemporaryDirectory(prefix="lorgnette-profile-") as folder:
-        engine = open_profiled_engine(bundle, job.threads, Path(folder))
-        if engine is None:
-            reason = f"the engine '{bundle.manifest.engine}' has no profiler of operators here"
-            return Operators(entry_points=None, reason=reason)
-        entries = _run_entries(engine, bundle, job)
-        return Operators(entry_points=operator_phases(engine.end_profiling(), entries))
+    engine = open_profiled_engine(bundle, job.threads, folder)
+    if engine is None:
+        reason = f"the engine '{bundle.manifest.engine}' has no profiler of operators here"
+        return Operators(entry_points=None, reason=reason)
+    entries = _run_entries(engine, bundle, job)
+    return Operators(entry_points=operator_phases(engine.end_profiling(), entries))
 
 
 def sweep_job(job: Job) -> Threads:

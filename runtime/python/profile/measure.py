@@ -41,6 +41,8 @@ from lorgnette.runtime.profile.request import Job
 from lorgnette.runtime.profile.start import measure_starts
 from lorgnette.runtime.profile.stats import unknown
 
+OWN_THREADS = {"coreai": "how many threads the engine computes with cannot be said"}
+"""Engines that do not listen to a number of threads."""
 RUNS = 10
 SECONDS = 10.0
 Reply = TypeVar("Reply")
@@ -103,7 +105,7 @@ def measure(path: Path, asked: Asked, tell: Tell = say_nothing) -> Profile:
     check_interface(bundle)
     check_engine(bundle)
     pictures = FreshPictures(asked.image, bundle.manifest.preprocess.tile_size)
-    settings = _settings(asked, pictures)
+    settings = _settings(asked, pictures, bundle.manifest.engine)
     watch, meter, before = NoiseWatch(), EnergyMeter(), conditions()
     bench = Bench(asked.runs, asked.seconds, tell, watch, meter)
     job = Job(
@@ -171,10 +173,11 @@ def describe_bundle(bundle: Bundle) -> BundleInfo:
     )
 
 
-def _settings(asked: Asked, pictures: FreshPictures) -> Settings:
+def _settings(asked: Asked, pictures: FreshPictures, engine: str) -> Settings:
     cores = usable_cores()
+    left_out = OWN_THREADS.get(engine, "") if asked.sweep is None else ""
     powers = (2**power for power in range(cores.bit_length()))
-    every = tuple(sorted({*powers, cores})) if asked.sweep is None else asked.sweep
+    every = () if left_out else tuple(sorted({*powers, cores}))
     return Settings(
         device="host",
         threads=asked.threads or cores,
@@ -182,8 +185,9 @@ def _settings(asked: Asked, pictures: FreshPictures) -> Settings:
         seconds=asked.seconds,
         picture=DRAWN if asked.image is None else asked.image.name,
         picture_size=pictures.size,
-        sweep=every,
+        sweep=every if asked.sweep is None else asked.sweep,
         cold=asked.cold,
+        sweep_left_out=left_out,
     )
 
 
