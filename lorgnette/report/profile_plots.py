@@ -13,6 +13,8 @@ from lorgnette.runtime.profile.document import Answer, Figure, Memory, OperatorP
 PARTS = ("preprocess", "vision", "prefill", "rest")
 LARGEST = 12
 """Groups of operators that are drawn."""
+MOST_RATIO = 1e4
+"""Larger ratios are drawn as this."""
 
 
 def first_token(answers: Mapping[str, Answer]) -> bytes:
@@ -116,7 +118,7 @@ def ratios(rows: Sequence[Row]) -> bytes:
 
     def draw(axes: Axes) -> None:
         for place, row in enumerate(known):
-            ratio, low, high = row.ratio or 1.0, row.low or 1.0, row.high or 1.0
+            ratio, low, high = (_drawable(each) for each in (row.ratio, row.low, row.high))
             colour = "#999999" if row.verdict == "inside the noise" else COLOURS[1]
             axes.plot([low, high], [place, place], color=colour, linewidth=1)
             axes.plot([ratio], [place], "o", color=colour, markersize=3)
@@ -128,6 +130,11 @@ def ratios(rows: Sequence[Row]) -> bytes:
         axes.set_xlabel("A / B; lines: as the spreads allow")
 
     return svg(draw, height=max(3.0, 0.16 * len(known)))
+
+
+def _drawable(ratio: float | None) -> float:
+    """A ratio within what an axis can hold: documents come from anywhere."""
+    return min(max(ratio or 1.0, 1 / MOST_RATIO), MOST_RATIO)
 
 
 def _rate(figure: Figure) -> float | None:

@@ -360,8 +360,8 @@ def test_a_process_that_dies_is_one_clear_error(
 ) -> None:
     real = parent._wait
 
-    def dies(command: list[str], errors: int) -> int:
-        return real([command[0], "-c", "import os; os.abort()"], errors)
+    def dies(command: list[str], *rest: Any) -> int:
+        return real([command[0], "-c", "import os; os.abort()"], *rest)
 
     monkeypatch.setattr(parent, "_wait", dies)
     with pytest.raises(ProfileError, match="a measuring process failed in start: got exit code -6"):
@@ -373,14 +373,17 @@ def test_what_only_a_part_needs_is_null_where_it_fails(
 ) -> None:
     real: Callable[..., Any] = parent.run_job
 
-    def fails(asked: Job, type_: Any) -> Any:
-        if asked.kind != "start":
+    def fails(asked: Job, *rest: Any) -> Any:
+        if asked.kind != "phases":
             raise ProfileError("no memory left", where=asked.kind)
-        return real(asked, type_)
+        return real(asked, *rest)
 
     monkeypatch.setattr("lorgnette.runtime.profile.measure.run_job", fails)
     asked = Asked(threads=1, sweep=(1,), runs=1, seconds=0.0, cold=False)
-    found = measure(fp32, asked)
+    steps: list[str] = []
+    found = measure(fp32, asked, steps.append)
+    assert steps[:4] == ["warm start", "memory", "operators", "1 thread"]
+    assert {"vision, a tile", "first token, 5 tiles", "decode, context 1024"} <= set(steps)
     plain = json.loads(document.encode_profile(found))
     assert found.operators.reason == "no memory left in operators"
     assert [where for where, reason in nulls(plain) if not reason] == []

@@ -148,6 +148,18 @@ def test_what_makes_them_hard_to_compare_is_told(
     assert found.warnings[0].startswith(words)
 
 
+@pytest.mark.parametrize("value", [0.0, 5e-324, 1e15])
+def test_extreme_numbers_are_compared_and_drawn(plain: Json, value: float) -> None:
+    from lorgnette.report.profile_html import render_comparison
+
+    copy = json.loads(json.dumps(plain))
+    figure = copy["phases"]["vision_tile_ms"]
+    figure |= {"min": value, "p10": value, "median": value, "p90": 1e15}
+    for pair in ((copy, plain), (plain, copy)):
+        found = compare(*(profile_of(each) for each in pair))
+        assert render_comparison(found).endswith(b"</html>\n")
+
+
 def test_a_machine_that_ran_slower_is_told(plain: Json) -> None:
     found = compare(changed(plain, "noise", "calibration_ms", factor=1.5), profile_of(plain))
     assert len(found.warnings) == 1

@@ -169,7 +169,6 @@ def nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("lorgnette.runtime.profile.measure.measure_starts", never)
     monkeypatch.setattr("lorgnette.runtime.profile.measure.run_job", never)
-    monkeypatch.setattr("lorgnette.runtime.profile.measure.Model", never)
 
 
 @pytest.mark.parametrize(

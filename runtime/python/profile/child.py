@@ -16,7 +16,7 @@ from pathlib import Path  # noqa: E402
 import msgspec  # noqa: E402
 
 from lorgnette.errors import LorgnetteError  # noqa: E402
-from lorgnette.runtime.profile.request import Failure, Job, Started  # noqa: E402
+from lorgnette.runtime.profile.request import STEP, Failure, Job, Started  # noqa: E402
 
 
 def start(job: Job) -> Started:
@@ -49,7 +49,15 @@ def do(job: Job, folder: Path) -> object:
 
     if job.kind == "operators":
         return jobs.operators_job(job, folder)
+    if job.kind == "phases":
+        return jobs.phases_job(job, tell)
     return jobs.memory_job(job) if job.kind == "memory" else jobs.sweep_job(job)
+
+
+def tell(step: str) -> None:
+    """Tells the process that asked what is measured next."""
+    sys.stdout.buffer.write(STEP + step.encode() + b"\n")
+    sys.stdout.buffer.flush()
 
 
 def main(asked: str, reply: str) -> int:

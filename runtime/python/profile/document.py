@@ -20,7 +20,7 @@ MINOR = 0
 MAX_BYTES = 64 * 2**20
 """Of a document that is read."""
 
-Positive = Annotated[float, msgspec.Meta(ge=0)]
+Positive = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
