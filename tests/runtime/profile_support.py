@@ -119,6 +119,8 @@ class SlowEngine:
     def __init__(self, engine: Engine, clock: Clock, costs: dict[str, float]) -> None:
         """Wraps the engine."""
         self._engine, self._clock, self._costs = engine, clock, costs
+        self.runs: list[tuple[int, int]] = []
+        """Past length and new positions of every decoder call."""
 
     def encode(self, tiles: np.ndarray[Any, Any]) -> Any:
         self._clock.ms += self._costs["encode"] * len(tiles)
@@ -129,18 +131,25 @@ class SlowEngine:
         return self._engine.embed(token_ids)
 
     def new_state(self) -> SlowState:
-        return SlowState(self._engine.new_state(), self._clock, self._costs)
+        return SlowState(self._engine.new_state(), self._clock, self._costs, self.runs)
 
 
 class SlowState:
     """A KV cache of a `SlowEngine`."""
 
-    def __init__(self, state: DecoderState, clock: Clock, costs: dict[str, float]) -> None:
+    def __init__(
+        self,
+        state: DecoderState,
+        clock: Clock,
+        costs: dict[str, float],
+        runs: list[tuple[int, int]],
+    ) -> None:
         self.capacity = state.capacity
-        self._state, self._clock, self._costs = state, clock, costs
+        self._state, self._clock, self._costs, self._runs = state, clock, costs, runs
 
     def run(self, embeddings: np.ndarray[Any, Any], past_length: int) -> Any:
         count = len(embeddings)
+        self._runs.append((past_length, count))
         decode = count == 1
         self._clock.ms += self._costs["decode"] if decode else self._costs["prefill"] * count
         return self._state.run(embeddings, past_length)

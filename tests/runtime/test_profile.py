@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,19 +14,21 @@ import msgspec
 import numpy as np
 import pytest
 
+from lorgnette.bundle import open_bundle
 from lorgnette.errors import BundleError, LorgnetteError, ProfileError
 from lorgnette.runtime.model import Model, open_model
 from lorgnette.runtime.pictures import content_key
-from lorgnette.runtime.preprocess import prepare
+from lorgnette.runtime.preprocess import longest_edge_for_max_tiles, prepare
 from lorgnette.runtime.profile import document, parent, stats
 from lorgnette.runtime.profile.answers import measure_answers
 from lorgnette.runtime.profile.bench import Bench
 from lorgnette.runtime.profile.document import Profile
 from lorgnette.runtime.profile.flat import figures_in, figures_of
 from lorgnette.runtime.profile.measure import Asked, measure
-from lorgnette.runtime.profile.phases import measure_phases
+from lorgnette.runtime.profile.phases import decode, measure_phases, prefill
 from lorgnette.runtime.profile.picture import FreshPictures, one_tile, tile_count, with_preprocess
-from lorgnette.runtime.profile.request import Job
+from lorgnette.runtime.profile.request import STEP, Job, Started
+from lorgnette.runtime.profile.start import measure_starts
 from lorgnette.spec import SquarePreprocess, TilePreprocess
 from tests.runtime.profile_support import (
     SCHEMA,
@@ -34,7 +38,7 @@ from tests.runtime.profile_support import (
     nulls,
     small_profile,
 )
-from tests.runtime.support import copy_bundle, edit_manifest, redigest
+from tests.runtime.support import copy_bundle, edit_manifest, picture, redigest
 
 COSTS = {"encode": 400.0, "embed": 3.0, "prefill": 0.5, "decode": 20.0}
 """What entry points take on the clock of a test, in milliseconds."""
@@ -220,6 +224,23 @@ def test_each_phase_is_measured_as_what_it_takes(
     assert found[f"{one}.second_turn_ms"] < 50
 
 
+def test_decode_is_measured_at_its_context_and_prefill_from_the_beginning(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        slow = slow_model(model, Clock(patch))
+        assert isinstance(slow.engine, SlowEngine)
+        decode(slow, Bench(2, 60.0), 700)
+        filled, steps = slow.engine.runs[:2], slow.engine.runs[2:]
+        slow.engine.runs.clear()
+        prefill(slow, Bench(2, 60.0), 600)
+    assert sum(count for _, count in filled) == 699
+    assert len(steps) > 10
+    assert set(steps) == {(699, 1)}
+    assert [past for past, _ in slow.engine.runs[::2]] == [0, 0, 0]
+    assert sum(count for _, count in slow.engine.runs) == 3 * 600
+
+
 @pytest.mark.parametrize(
     ("slow", "shown"),
     [
@@ -307,6 +328,18 @@ def test_every_picture_is_another_one_in_its_tiles(
     assert tile_count(pictures, single) == 1
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (40, 333), (200, 90)])
+def test_one_tile_is_what_an_export_for_one_tile_makes(shape: tuple[int, int]) -> None:
+    spec = specs(64)[0]
+    assert isinstance(spec, TilePreprocess)
+    edge = longest_edge_for_max_tiles(1, spec.tile_size, spec.longest_edge)
+    exported = msgspec.structs.replace(spec, longest_edge=edge)
+    pixels = picture(*shape)
+    made, wanted = prepare(pixels, one_tile(spec)), prepare(pixels, exported)
+    assert (made.rows, made.cols) == (wanted.rows, wanted.cols) == (0, 0)
+    np.testing.assert_array_equal(made.pixels, wanted.pixels)
+
+
 def test_percentiles_are_those_of_the_sorted_runs() -> None:
     found = stats.figure([5.0, 1.0, 2.0, 3.0, 4.0, 11.0, 7.0, 8.0, 9.0, 10.0, 6.0])
     assert (found.min, found.p10, found.median, found.p90, found.runs) == (1, 2, 6, 10, 11)
@@ -366,6 +399,57 @@ def test_a_process_that_dies_is_one_clear_error(
     monkeypatch.setattr(parent, "_wait", dies)
     with pytest.raises(ProfileError, match="a measuring process failed in start: got exit code -6"):
         parent.run_job(job(fp32), dict)
+
+
+def test_an_interrupt_ends_the_process_of_a_job(
+    fp32: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[subprocess.Popen[bytes]] = []
+    real: Callable[..., Any] = subprocess.Popen
+    code = f"import sys, time; sys.stdout.buffer.write({STEP!r} + b'one\\n'); sys.stdout.flush()"
+
+    def begin(command: list[str], **options: Any) -> Any:
+        begun.append(real([command[0], "-c", f"{code}; time.sleep(30)"], **options))
+        return begun[0]
+
+    def interrupt(step: str) -> None:
+        assert step == "one"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", begin)
+    with pytest.raises(KeyboardInterrupt):
+        parent.run_job(job(fp32), dict, interrupt)
+    assert [process.returncode for process in begun] == [-signal.SIGKILL]
+
+
+@pytest.mark.parametrize(
+    ("share", "refused", "cold", "words"),
+    [
+        (None, "", True, "does not tell what is in its file cache"),
+        (0.0, "", True, ""),
+        (0.9, "", False, "the system keeps 90% of the bundle in memory"),
+        (1.0, "it cannot", False, "it cannot"),
+    ],
+)
+def test_a_cold_start_is_told_where_files_can_be_forgotten(
+    fp32: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    share: float | None,
+    refused: str,
+    cold: bool,
+    words: str,
+) -> None:
+    module = "lorgnette.runtime.profile.start"
+    told = Started(entered=1.0, imported=2.0, ready=4.0, first_token=7.0)
+    monkeypatch.setattr(f"{module}.cached_share", lambda files: share)
+    monkeypatch.setattr(f"{module}.evict", lambda files: refused)
+    monkeypatch.setattr(f"{module}.run_job", lambda *_: (told, 0.5))
+    found = measure_starts(open_bundle(fp32), Bench(2, 60.0), job(fp32), cold=True)["cold"]
+    assert found.first_token_ms.median == (6500.0 if cold else None)
+    assert found.python_ms.median == (500.0 if cold else None)
+    assert words in found.reason
+    assert bool(words) == bool(found.reason)
+    assert [where for where, reason in nulls(msgspec.to_builtins(found)) if not reason] == []
 
 
 def test_what_only_a_part_needs_is_null_where_it_fails(
