@@ -19,13 +19,9 @@ import click
 import lorgnette
 from lorgnette.cli.output import Command, print_json, printable, size, table
 from lorgnette.errors import EXIT_CHECK_FAILED
+from lorgnette.runtime.profile.machine import cpu_features, memory
 
 TELEMETRY = "ORT_DISABLE_TELEMETRY"
-CPU_FEATURES = (
-    *("avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16"),
-    *("amx_int8", "asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve", "sme"),
-)
-"""Features that decide how fast an engine multiplies, as the kernel spells them."""
 
 
 @click.command(cls=Command)
@@ -166,35 +162,6 @@ def examine_engine() -> dict[str, Any]:
             "onnxruntime has no CPU provider: pip install --force-reinstall onnxruntime"
         )
     return {**found, "version": onnxruntime.__version__}
-
-
-def cpu_features() -> list[str] | None:
-    """The features of `CPU_FEATURES` that the CPU has; None where the system does not tell."""
-    try:
-        text = Path("/proc/cpuinfo").read_text("utf-8", "replace")
-    except OSError:
-        return None
-    match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    present = set(match[1].split()) if match else set()
-    return [feature for feature in CPU_FEATURES if feature in present]
-
-
-def memory() -> dict[str, int | None]:
-    """Memory of the machine, what of it is free to use, and a container's limit."""
-    total = available = None
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        values = {line.partition(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-        total, available = values.get("MemTotal"), values.get("MemAvailable")
-    except (OSError, ValueError, IndexError):
-        if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-            total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        text = Path("/sys/fs/cgroup/memory.max").read_text("ascii").strip()
-    except OSError:
-        text = "max"
-    limit = int(text) if text.isdigit() else None
-    return {"total": total, "available": available, "container_limit": limit}
 
 
 def _usable_cores() -> int:

@@ -141,6 +141,8 @@ def profile_text(found: Profile) -> list[str]:
     for name, entry in (found.operators.entry_points or {}).items():
         rows = [lines.OPERATOR_HEAD, *lines.operator_rows(entry, SHOWN_GROUPS)]
         told += ["", lines.operator_title(name, entry), *table(rows)]
+    if found.settings.sweep_left_out:
+        told += ["", f"by threads: not measured: {found.settings.sweep_left_out}"]
     if found.sweep:
         told += ["", "by threads", *table([lines.SWEEP_HEAD, *lines.sweep_rows(found)])]
     return [*told, "", "machine", *table(lines.condition_rows(found))]

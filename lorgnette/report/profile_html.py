@@ -80,8 +80,10 @@ def _operators(profile: Profile) -> list[str]:
 
 
 def _sweep(profile: Profile) -> list[str]:
+    left_out = profile.settings.sweep_left_out
     if not profile.sweep:
-        return []
+        told = [f"<p>Not measured: {text(left_out)}.</p>"] if left_out else []
+        return ["<h2>Threads</h2>", *told] if told else []
     return [
         "<h2>Threads</h2>",
         picture(plots.threads(profile.sweep), "speed by threads"),

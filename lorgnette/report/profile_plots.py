@@ -13,6 +13,8 @@ from lorgnette.runtime.profile.document import Answer, Figure, Memory, OperatorP
 PARTS = ("preprocess", "vision", "prefill", "rest")
 LARGEST = 12
 """Groups of operators that are drawn."""
+MOST_RATIO = 1e4
+"""Larger ratios are drawn as this."""
 
 
 def first_token(answers: Mapping[str, Answer]) -> bytes:
@@ -101,6 +103,7 @@ def threads(sweep: Mapping[str, Threads]) -> bytes:
             if points:
                 xs, ys = [x for x, _ in points], [y / points[0][1] for _, y in points]
                 axes.plot(xs, ys, "o-", color=colour, label=name)
+        axes.set_xticks([int(count) for count in counts])
         axes.set_xlabel("threads")
         axes.set_ylabel(f"speed, {counts[0] if counts else 1} = 1")
         if axes.lines:
@@ -115,17 +118,23 @@ def ratios(rows: Sequence[Row]) -> bytes:
 
     def draw(axes: Axes) -> None:
         for place, row in enumerate(known):
-            ratio, low, high = row.ratio or 1.0, row.low or 1.0, row.high or 1.0
+            ratio, low, high = (_drawable(each) for each in (row.ratio, row.low, row.high))
             colour = "#999999" if row.verdict == "inside the noise" else COLOURS[1]
             axes.plot([low, high], [place, place], color=colour, linewidth=1)
             axes.plot([ratio], [place], "o", color=colour, markersize=3)
         axes.axvline(1.0, color="#444444", linewidth=0.8)
         axes.set_yticks(range(len(known)), [label(row.name) for row in known], fontsize="x-small")
         axes.set_xscale("log")
+        axes.margins(y=0.01)
         axes.invert_yaxis()
         axes.set_xlabel("A / B; lines: as the spreads allow")
 
     return svg(draw, height=max(3.0, 0.16 * len(known)))
+
+
+def _drawable(ratio: float | None) -> float:
+    """A ratio within what an axis can hold: documents come from anywhere."""
+    return min(max(ratio or 1.0, 1 / MOST_RATIO), MOST_RATIO)
 
 
 def _rate(figure: Figure) -> float | None:

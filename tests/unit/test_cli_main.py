@@ -18,7 +18,7 @@ from lorgnette.cli import doctor
 from lorgnette.quantize.plan import MIXED, PLANS
 from tests.unit.cli_helpers import ROOT, call, document, start
 
-COMMANDS = ("export", "run", "evaluate", "verify", "inspect", "list", "doctor")
+COMMANDS = ("export", "run", "profile", "evaluate", "verify", "inspect", "list", "doctor")
 
 
 def test_help_is_there_for_every_command() -> None:

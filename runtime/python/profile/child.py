@@ -9,13 +9,14 @@ import time
 
 ENTERED = time.monotonic()
 
+import os  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import msgspec  # noqa: E402
 
 from lorgnette.errors import LorgnetteError  # noqa: E402
-from lorgnette.runtime.profile.request import Failure, Job, Started  # noqa: E402
+from lorgnette.runtime.profile.request import STEP, Failure, Job, Started  # noqa: E402
 
 
 def start(job: Job) -> Started:
@@ -35,25 +36,35 @@ def start(job: Job) -> Started:
     return Started(entered=ENTERED, imported=imported, ready=ready, first_token=time.monotonic())
 
 
-def do(job: Job) -> object:
-    """Does a job; what comes out can be written as JSON."""
+def do(job: Job, folder: Path) -> object:
+    """Does a job; what comes out can be written as JSON.
+
+    Args:
+        job: The job.
+        folder: Where it may leave files, which the process that asked removes.
+    """
     if job.kind == "start":
         return start(job)
     from lorgnette.runtime.profile import jobs
 
-    kinds = {
-        "memory": jobs.memory_job,
-        "operators": jobs.operators_job,
-        "sweep": jobs.sweep_job,
-    }
-    return kinds[job.kind](job)
+    if job.kind == "operators":
+        return jobs.operators_job(job, folder)
+    if job.kind == "phases":
+        return jobs.phases_job(job, tell)
+    return jobs.memory_job(job) if job.kind == "memory" else jobs.sweep_job(job)
+
+
+def tell(step: str) -> None:
+    """Tells the process that asked what is measured next."""
+    sys.stdout.buffer.write(STEP + step.encode() + b"\n")
+    sys.stdout.buffer.flush()
 
 
 def main(asked: str, reply: str) -> int:
     """Reads a job, does it and writes the reply; an exit code."""
     job = msgspec.json.decode(Path(asked).read_bytes(), type=Job)
     try:
-        Path(reply).write_bytes(msgspec.json.encode(do(job)))
+        Path(reply).write_bytes(msgspec.json.encode(do(job, Path(reply).parent)))
     except LorgnetteError as error:
         failure = Failure(
             what=error.what,
@@ -69,4 +80,7 @@ def main(asked: str, reply: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    code = main(*sys.argv[1:])
+    sys.stderr.flush()
+    # The reply is written. Libraries of engines may abort while Python ends around their threads.
+    os._exit(code)

@@ -20,7 +20,7 @@ MINOR = 0
 MAX_BYTES = 64 * 2**20
 """Of a document that is read."""
 
-Positive = Annotated[float, msgspec.Meta(ge=0)]
+Positive = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
@@ -97,6 +97,8 @@ class Settings(Part, frozen=True):
     """Width and height in pixels."""
     sweep: tuple[Count, ...]
     cold: bool
+    sweep_left_out: str = ""
+    """Why no other number of threads is tried, where that was not asked for."""
 
 
 class Battery(Part, frozen=True):

@@ -16,8 +16,13 @@ def figures_of(profile: Profile) -> dict[str, Figure]:
     """Timings and speeds by dotted name, e.g. `phases.prefill.256.tokens_per_s`."""
     found: dict[str, Figure] = {}
     for name in MEASURED:
-        found |= dict(_walk(name, getattr(profile, name)))
+        found |= figures_in(name, getattr(profile, name))
     return found
+
+
+def figures_in(name: str, part: object) -> dict[str, Figure]:
+    """Figures of one part of a document, by names that begin with its own."""
+    return dict(_walk(name, part))
 
 
 def bytes_of(profile: Profile) -> dict[str, Figure]:
@@ -31,7 +36,7 @@ def bytes_of(profile: Profile) -> dict[str, Figure]:
 
 
 def peak_memory(memory: dict[str, Memory]) -> int | None:
-    """The largest peak of all phases; None where one was to be measured and was not."""
+    """The largest peak of all phases; None where none was measured."""
     peaks = [phase.peak_bytes for phase in memory.values()]
     known = [peak for peak in peaks if peak is not None]
     return max(known) if known else None

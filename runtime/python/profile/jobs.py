@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from lorgnette.bundle import Bundle, open_bundle
@@ -15,15 +15,23 @@ from lorgnette.runtime.engines import open_profiled_engine
 from lorgnette.runtime.engines.engine import ProfiledEngine
 from lorgnette.runtime.model import Model, open_model
 from lorgnette.runtime.preprocess import prepare
-from lorgnette.runtime.profile.answers import ONE_TOKEN, QUESTION, measure_answer
-from lorgnette.runtime.profile.bench import Bench
-from lorgnette.runtime.profile.document import Memory, Operators, Threads
+from lorgnette.runtime.profile.answers import (
+    ONE_TOKEN,
+    QUESTION,
+    measure_answer,
+    measure_answers,
+)
+from lorgnette.runtime.profile.bench import Bench, Tell
+from lorgnette.runtime.profile.document import Answer, Energy, Memory, Operators, Phases, Threads
+from lorgnette.runtime.profile.machine import EnergyMeter
 from lorgnette.runtime.profile.memory import no_memory, of_phase
+from lorgnette.runtime.profile.noise import NoiseWatch
 from lorgnette.runtime.profile.operators import Entry, operator_phases
 from lorgnette.runtime.profile.phases import (
     PREFILLS,
     decode,
     fill,
+    measure_phases,
     prefill,
     some_ids,
     vision_tile,
@@ -61,16 +69,39 @@ def memory_job(job: Job) -> dict[str, Memory]:
     return found
 
 
-def operators_job(job: Job) -> Operators:
-    """The engine's own profile of each entry point."""
+def operators_job(job: Job, folder: Path) -> Operators:
+    """The engine's own profile of each entry point; it is written to a folder that exists."""
     bundle = open_bundle(job.bundle)
-    with tempfile.TemporaryDirectory(prefix="lorgnette-profile-") as folder:
-        engine = open_profiled_engine(bundle, job.threads, Path(folder))
-        if engine is None:
-            reason = f"the engine '{bundle.manifest.engine}' has no profiler of operators here"
-            return Operators(entry_points=None, reason=reason)
-        entries = _run_entries(engine, bundle, job)
-        return Operators(entry_points=operator_phases(engine.end_profiling(), entries))
+    engine = open_profiled_engine(bundle, job.threads, folder)
+    if engine is None:
+        reason = f"the engine '{bundle.manifest.engine}' has no profiler of operators here"
+        return Operators(entry_points=None, reason=reason)
+    entries = _run_entries(engine, bundle, job)
+    return Operators(entry_points=operator_phases(engine.end_profiling(), entries))
+
+
+class Warm(msgspec.Struct, frozen=True, kw_only=True):
+    """What is measured on a model that is open."""
+
+    answers: dict[str, Answer]
+    phases: Phases
+    energy: Energy
+    calibration_ms: list[float]
+
+
+def phases_job(job: Job, tell: Tell) -> Warm:
+    """First tokens and each phase."""
+    tell("open bundle")
+    model = open_model(job.bundle, threads=job.threads)
+    pictures = FreshPictures(job.picture, model.manifest.preprocess.tile_size)
+    watch, meter = NoiseWatch(), EnergyMeter()
+    bench = Bench(job.runs, job.seconds, tell, watch, meter)
+    return Warm(
+        answers=measure_answers(model, bench, pictures),
+        phases=measure_phases(model, bench, pictures),
+        energy=meter.energy(),
+        calibration_ms=watch.calibration_ms,
+    )
 
 
 def sweep_job(job: Job) -> Threads:

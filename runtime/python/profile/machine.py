@@ -166,6 +166,13 @@ class EnergyMeter:
             return None
 
 
+def both(one: Energy, other: Energy) -> Energy:
+    """What two meters counted, of phases that are not the same."""
+    if one.joules_per_run is None or other.joules_per_run is None:
+        return one if one.joules_per_run is None else other
+    return Energy(joules_per_run={**one.joules_per_run, **other.joules_per_run})
+
+
 def _difference(before: int, after: int, zone: Path) -> int:
     """Microjoules, where the counter may have begun anew."""
     if after >= before:

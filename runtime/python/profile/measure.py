@@ -15,8 +15,7 @@ from lorgnette.bundle import MANIFEST, Bundle, open_bundle
 from lorgnette.errors import LorgnetteError, RequestError
 from lorgnette.runtime.engines import check_engine
 from lorgnette.runtime.interface import check_interface
-from lorgnette.runtime.model import Model, usable_cores
-from lorgnette.runtime.profile.answers import measure_answers
+from lorgnette.runtime.model import usable_cores
 from lorgnette.runtime.profile.bench import Bench, Tell, say_nothing
 from lorgnette.runtime.profile.document import (
     MAJOR,
@@ -31,16 +30,18 @@ from lorgnette.runtime.profile.document import (
     Version,
 )
 from lorgnette.runtime.profile.flat import figures_of
-from lorgnette.runtime.profile.machine import EnergyMeter, conditions, describe_machine
+from lorgnette.runtime.profile.jobs import Warm
+from lorgnette.runtime.profile.machine import EnergyMeter, both, conditions, describe_machine
 from lorgnette.runtime.profile.memory import no_memory
 from lorgnette.runtime.profile.noise import NoiseWatch
 from lorgnette.runtime.profile.parent import run_job
-from lorgnette.runtime.profile.phases import measure_phases
 from lorgnette.runtime.profile.picture import DRAWN, FreshPictures
 from lorgnette.runtime.profile.request import Job
 from lorgnette.runtime.profile.start import measure_starts
 from lorgnette.runtime.profile.stats import unknown
 
+OWN_THREADS = {"coreai": "how many threads the engine computes with cannot be said"}
+"""Engines that do not listen to a number of threads."""
 RUNS = 10
 SECONDS = 10.0
 Reply = TypeVar("Reply")
@@ -86,8 +87,8 @@ class Asked:
 def measure(path: Path, asked: Asked, tell: Tell = say_nothing) -> Profile:
     """Measures a bundle on this machine.
 
-    Starts come first, while no process has the bundle open; what is measured in this process comes
-    last, so that no two models are in memory at once.
+    Everything that runs the bundle does so in a process of its own, one at a time: nothing is in
+    memory twice, starts are cold, and what an engine leaves behind is nobody's.
 
     Args:
         path: The bundle.
@@ -103,7 +104,7 @@ def measure(path: Path, asked: Asked, tell: Tell = say_nothing) -> Profile:
     check_interface(bundle)
     check_engine(bundle)
     pictures = FreshPictures(asked.image, bundle.manifest.preprocess.tile_size)
-    settings = _settings(asked, pictures)
+    settings = _settings(asked, pictures, bundle.manifest.engine)
     watch, meter, before = NoiseWatch(), EnergyMeter(), conditions()
     bench = Bench(asked.runs, asked.seconds, tell, watch, meter)
     job = Job(
@@ -118,31 +119,28 @@ def measure(path: Path, asked: Asked, tell: Tell = say_nothing) -> Profile:
     memory = _memory(job, tell)
     operators = _operators(job, tell)
     sweep = _sweep(job, settings.sweep, tell)
-    tell("open bundle")
-    model = Model(bundle, settings.threads)
-    draft = Profile(
+    warm = run_job(msgspec.structs.replace(job, kind="phases"), Warm, tell)[0]
+    watch.calibration_ms.extend(warm.calibration_ms)
+    found = Profile(
         schema=Version(name=NAME, major=MAJOR, minor=MINOR),
         measured_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         bundle=describe_bundle(bundle),
         machine=describe_machine(bundle.manifest.engine, usable_cores()),
         settings=settings,
         before=before,
-        after=before,
+        after=conditions(),
         noise=watch.finish({}, usable_cores()),
-        energy=meter.energy(),
+        energy=both(meter.energy(), warm.energy),
         start=start,
-        answers=measure_answers(model, bench, pictures),
-        phases=measure_phases(model, bench, pictures),
+        answers=warm.answers,
+        phases=warm.phases,
         memory=memory,
         operators=operators,
         sweep=sweep,
     )
-    return msgspec.structs.replace(
-        draft,
-        after=conditions(),
-        noise=watch.finish(figures_of(draft), usable_cores()),
-        energy=meter.energy(),
-    )
+    # Which figure scatters most is known when all are there.
+    noise = watch.finish(figures_of(found), usable_cores())
+    return msgspec.structs.replace(found, noise=noise)
 
 
 def describe_bundle(bundle: Bundle) -> BundleInfo:
@@ -171,10 +169,11 @@ def describe_bundle(bundle: Bundle) -> BundleInfo:
     )
 
 
-def _settings(asked: Asked, pictures: FreshPictures) -> Settings:
+def _settings(asked: Asked, pictures: FreshPictures, engine: str) -> Settings:
     cores = usable_cores()
+    left_out = OWN_THREADS.get(engine, "") if asked.sweep is None else ""
     powers = (2**power for power in range(cores.bit_length()))
-    every = tuple(sorted({*powers, cores})) if asked.sweep is None else asked.sweep
+    every = () if left_out else tuple(sorted({*powers, cores}))
     return Settings(
         device="host",
         threads=asked.threads or cores,
@@ -182,8 +181,9 @@ def _settings(asked: Asked, pictures: FreshPictures) -> Settings:
         seconds=asked.seconds,
         picture=DRAWN if asked.image is None else asked.image.name,
         picture_size=pictures.size,
-        sweep=every,
+        sweep=every if asked.sweep is None else asked.sweep,
         cold=asked.cold,
+        sweep_left_out=left_out,
     )
 
 

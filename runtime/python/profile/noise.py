@@ -37,11 +37,12 @@ class NoiseWatch:
         self._root = root
         self._load = load_average()
         self._times = self._read()
-        self._calibration: list[float] = []
+        self.calibration_ms: list[float] = []
+        """What the fixed piece of work took each time."""
 
     def calibrate(self) -> None:
         """Times a fixed piece of work."""
-        self._calibration.append(timed(lambda: hashlib.sha256(WORK).digest()))
+        self.calibration_ms.append(timed(lambda: hashlib.sha256(WORK).digest()))
 
     def finish(self, figures: Mapping[str, Figure], cores: int) -> Noise:
         """What was seen, and what of it means noise.
@@ -50,7 +51,7 @@ class NoiseWatch:
             figures: Every figure by its name.
             cores: Cores that the process may use.
         """
-        calibration = figure(self._calibration) if self._calibration else unknown("not timed")
+        calibration = figure(self.calibration_ms) if self.calibration_ms else unknown("not timed")
         width, steal = spread(calibration), self._steal()
         name, widest = _widest(figures)
         notes = []

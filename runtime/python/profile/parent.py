@@ -14,13 +14,19 @@ import msgspec
 
 import lorgnette
 from lorgnette.errors import LorgnetteError, ProfileError
-from lorgnette.runtime.profile.request import Failure, Job
+from lorgnette.runtime.profile.bench import Tell, say_nothing
+from lorgnette.runtime.profile.request import STEP, Failure, Job
 
 Reply = TypeVar("Reply")
 
 
-def run_job(job: Job, type_: type[Reply]) -> tuple[Reply, float]:
+def run_job(job: Job, type_: type[Reply], tell: Tell = say_nothing) -> tuple[Reply, float]:
     """Does a job in a process of its own, which ends with this one's interrupt.
+
+    Args:
+        job: The job.
+        type_: What it replies.
+        tell: Takes the names of the steps that the process tells of.
 
     Returns:
         The reply, and when the process was started, by `time.monotonic`.
@@ -35,7 +41,7 @@ def run_job(job: Job, type_: type[Reply]) -> tuple[Reply, float]:
         command = [sys.executable, "-m", "lorgnette.runtime.profile.child", str(asked), str(reply)]
         with said.open("wb") as errors:
             started = time.monotonic()
-            code = _wait(command, errors.fileno())
+            code = _wait(command, errors.fileno(), tell)
         if code == 0 and reply.is_file():
             return msgspec.json.decode(reply.read_bytes(), type=type_), started
         failure = Path(f"{reply}.failure")
@@ -44,7 +50,7 @@ def run_job(job: Job, type_: type[Reply]) -> tuple[Reply, float]:
         raise ProfileError("a measuring process failed", where=job.kind, got=_last_line(said, code))
 
 
-def _wait(command: list[str], errors: int) -> int:
+def _wait(command: list[str], errors: int, tell: Tell) -> int:
     """Runs a command to its end; never leaves it behind."""
     # What this process imports lorgnette from, be it installed or a checkout.
     home = str(Path(lorgnette.__file__).resolve().parent.parent)
@@ -52,15 +58,19 @@ def _wait(command: list[str], errors: int) -> int:
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=errors,
         env={**os.environ, "PYTHONPATH": path},
     )
-    try:
-        return process.wait()
-    finally:
-        process.kill()
-        process.wait()
+    with process:
+        try:
+            # Whatever else is printed by an engine is passed over.
+            for line in process.stdout or ():
+                if line.startswith(STEP):
+                    tell(line.removeprefix(STEP).decode("utf-8", "replace").strip())
+            return process.wait()
+        finally:
+            process.kill()
 
 
 def _error(failure: Failure) -> LorgnetteError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,8 @@ from lorgnette.spec import Preprocess, TilePreprocess
 
 DRAWN = "drawn"
 """What a picture is called that no file was given for."""
+_NUMBERS = itertools.count()
+"""Of every picture that this process took."""
 
 
 class FreshPictures:
@@ -33,7 +36,6 @@ class FreshPictures:
     def __init__(self, source: str | Path | None, side: int) -> None:
         """Reads or draws it."""
         self._base = draw(side) if source is None else load_image(source)
-        self._taken = 0
 
     @property
     def size(self) -> tuple[int, int]:
@@ -46,12 +48,11 @@ class FreshPictures:
         Shapes:
             uint8[H, W, 3]
         """
-        self._taken += 1
         picture = self._base.copy()
         # A quarter of each side: enough to survive being scaled down to any tile.
         height, width = max(len(picture) // 4, 1), max(picture.shape[1] // 4, 1)
         # Far apart for runs that follow each other.
-        number = self._taken * 0x9E3779 % 2**24
+        number = next(_NUMBERS) * 0x9E3779 % 2**24
         picture[:height, :width] = [number >> 16, number >> 8 & 255, number & 255]
         return picture
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import msgspec
 
+STEP = b"\x1estep "
+"""What a line on stdout begins with that tells the name of a step."""
+
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One job of `child`: see `jobs` and `start`."""
 
     kind: str
-    """`start`, `memory`, `operators` or `sweep`."""
+    """`start`, `memory`, `operators`, `sweep` or `phases`."""
     bundle: str
     threads: int
     picture: str | None

@@ -52,23 +52,25 @@ def repeat(
     seconds: float,
     between: Callable[[], object] = lambda: None,
 ) -> list[float]:
-    """Repeats a run after one that does not count.
+    """Repeats a run after one that does not count, unless that one is long.
 
     Args:
         run: Gives what one run took, in milliseconds.
         runs: The most that count.
-        seconds: After these no run is begun, if there were three. Where the first took ten times
-            as long, it counts and is the only one.
-        between: Called before each run.
+        seconds: After these no run is begun, if there were three. A first run that takes longer
+            counts, and where it takes ten times as long, it is the only one.
+        between: Called before each run but the first.
 
     Returns:
         Milliseconds of each run that counts.
     """
-    first = run()
-    if first > seconds * 1e3 * FAR_TOO_LONG:
-        return [first]
     started = time.perf_counter()
-    samples: list[float] = []
+    first = run()
+    samples = [first] if first > seconds * 1e3 else []
+    if first > seconds * 1e3 * FAR_TOO_LONG:
+        return samples
+    if not samples:
+        started = time.perf_counter()
     while len(samples) < runs:
         if len(samples) >= LEAST_RUNS and time.perf_counter() - started > seconds:
             break
