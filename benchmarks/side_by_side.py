@@ -15,6 +15,7 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,8 @@ def main(arguments: list[str] | None = None) -> None:
     from benchmarks.peers.shapes import SHAPES, make_case
 
     settings = arguments_of(arguments)
+    # Stopped workers would outlive a driver that is terminated without closing them.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     chosen(settings.shape, tuple(SHAPES), "shape")
     place = settings.folder / settings.shape
     case = make_case(SHAPES[settings.shape], place, settings.bundle)

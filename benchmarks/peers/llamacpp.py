@@ -7,13 +7,14 @@ import json
 import math
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from benchmarks.peers.peer import Case, Engine, Peer, PlainEngine, main
 from benchmarks.peers.weights import read_weights
 
 if TYPE_CHECKING:
     import numpy as np
+    from gguf import GGUFWriter
     from numpy.typing import NDArray
 
 PEER = Peer(
@@ -108,7 +109,7 @@ def _interleaved(values: NDArray[np.float32], heads: int) -> NDArray[np.float32]
     return halves.swapaxes(1, 2).reshape(values.shape)
 
 
-def _add_tokens(writer: Any, case: Case, kind: str) -> None:
+def _add_tokens(writer: GGUFWriter, case: Case, kind: str) -> None:
     tokenizer = json.loads((Path(case.bundle) / "tokenizer/tokenizer.json").read_text())
     names = {index: token for token, index in tokenizer["model"]["vocab"].items()}
     special = {entry["id"]: entry["content"] for entry in tokenizer["added_tokens"]}
@@ -176,7 +177,7 @@ def _renamed(name: str, names: tuple[tuple[str, str], ...]) -> str:
     return name
 
 
-def _finish(writer: Any) -> None:
+def _finish(writer: GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -207,7 +208,7 @@ class LlamaEngine(PlainEngine):
         self._chunks = self._open_picture(folder, threads)
         self._chunk = self._first_picture()
 
-    def _open_picture(self, folder: Path, threads: int) -> Any:
+    def _open_picture(self, folder: Path, threads: int) -> int:
         """Opens the tower and preprocesses a picture, which no figure includes."""
         import numpy as np
 
@@ -231,7 +232,7 @@ class LlamaEngine(PlainEngine):
             raise RuntimeError("mtmd_tokenize failed")
         return chunks
 
-    def _first_picture(self) -> Any:
+    def _first_picture(self) -> int:
         m = self._m
         for index in range(m.mtmd_input_chunks_size(self._chunks)):
             chunk = m.mtmd_input_chunks_get(self._chunks, index)

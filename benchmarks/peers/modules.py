@@ -127,8 +127,10 @@ class Decoder(nn.Module):
         self.cache_shape = (1, config["num_key_value_heads"], 0, size)
 
     def forward(self, ids: Tensor, beam: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        """Shapes: `ids` `[1, T]`, `beam` `[1]` (which sequences go on, as OpenVINO's fusion wants),
-        `caches` keys and values of each layer in turns `[1, Hkv, S, Dh]`.
+        """Which sequences go on is an input because OpenVINO's fusion of caches looks for it.
+
+        Shapes: `ids` `[1, T]`, `beam` `[1]`, `caches` keys and values of each layer in turns
+            `[1, Hkv, S, Dh]`.
         """
         past, steps = caches[0].shape[2], ids.shape[1]
         positions = torch.arange(past, past + steps)
@@ -203,9 +205,7 @@ class Tower(nn.Module):
         self.grid = config["image_size"] // patch
         self.patch_embedding = nn.Conv2d(3, eye, patch, patch)
         self.position_embedding = nn.Embedding(self.grid**2, eye)
-        self.layers = nn.ModuleList(
-            VisionLayer(config) for _ in range(config["num_hidden_layers"])
-        )
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config["num_hidden_layers"]))
         self.post_layernorm = nn.LayerNorm(eye, eps=1e-6)
         if "group" in config:
             inner = 4096

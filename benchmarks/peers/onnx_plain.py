@@ -1,4 +1,4 @@
-"""The plain ONNX export that people make: optimum's decoder in 4 bits, torch's export of the tower."""
+"""The plain ONNX export that people make: optimum's decoder in 4 bits, torch's tower."""
 
 from __future__ import annotations
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.peers.peer import Case, Engine, Peer, PlainEngine, main
+
+if TYPE_CHECKING:
+    from openvino import Model
 
 PEER = Peer(
     name="openvino",
@@ -53,7 +56,7 @@ def convert(row: str, case: Case, folder: Path) -> None:
     openvino.save_model(tower, folder / "vision.xml", compress_to_fp16=True)
 
 
-def _decoder(case: Case) -> Any:
+def _decoder(case: Case) -> Model:
     """The decoder with its caches as states of the graph."""
     import openvino
     import torch
@@ -85,7 +88,7 @@ def _decoder(case: Case) -> Any:
     return model
 
 
-def _tower(case: Case) -> Any:
+def _tower(case: Case) -> Model:
     import openvino
     import torch
 

@@ -173,9 +173,7 @@ class PlainEngine:
 
 def memory() -> Reply:
     """Resident set of this process, now and at most, and its threads."""
-    status = dict(
-        line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
-    )
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {
         "peak_rss_bytes": int(status["VmHWM"].split()[0]) * 1024,
         "rss_bytes": int(status["VmRSS"].split()[0]) * 1024,
@@ -229,7 +227,10 @@ def _nothing(_: object) -> None:
 
 
 def serve(
-    load: Callable[[], Engine], case: Case, requests: TextIO = sys.stdin, replies: Any = None
+    load: Callable[[], Engine],
+    case: Case,
+    requests: TextIO = sys.stdin,
+    replies: TextIO | None = None,
 ) -> None:
     """Answers requests until the input ends.
 

@@ -30,11 +30,12 @@ def summarise(samples: Samples) -> dict[str, dict[str, dict[str, Any]]]:
             if not present:
                 continue
             entry: dict[str, Any] = {"ms": quantiles(present), "rounds": len(present)}
-            pairs = [
-                (a, b) for a, b in zip(values, ours, strict=False) if a is not None and b is not None
+            pairs = zip(values, ours, strict=False)
+            ratios = [
+                theirs / own for theirs, own in pairs if theirs is not None and own is not None
             ]
-            if pairs:
-                entry["ratio"] = quantiles([theirs / own for theirs, own in pairs])
+            if ratios:
+                entry["ratio"] = quantiles(ratios)
             summary.setdefault(figure, {})[row] = entry
     return summary
 
@@ -63,7 +64,7 @@ def render(document: Mapping[str, Any]) -> str:
         "",
         *_limits(document["limits"]),
         "",
-        "ratio = peer time / our time in the same round, median (p10 to p90); above 1 ours is faster",
+        "x: peer time / our time in the same round, median (p10 to p90); above 1, ours is ahead",
     ]
     for figure, rows in document["summary"].items():
         lines += ["", figure]
@@ -80,7 +81,7 @@ def _prompts(document: Mapping[str, Any]) -> str:
 
 
 def _limits(limits: Mapping[str, float]) -> list[str]:
-    return ["measured limits: " + ", ".join(f"{name} {value:.0f}" for name, value in limits.items())]
+    return ["measured limits: " + ", ".join(f"{name} {v:.0f}" for name, v in limits.items())]
 
 
 def _line(

@@ -15,7 +15,7 @@ from typing import IO, Any, cast
 Reply = dict[str, Any]
 
 
-class PeerFailed(Exception):  # noqa: N818  a report, not a fault of the driver
+class PeerFailed(Exception):
     """A worker failed, died or did not answer in time."""
 
 
