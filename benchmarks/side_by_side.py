@@ -77,6 +77,7 @@ def compare(
         "failures": failures,
         "samples": figures.samples,
         "cores": figures.cores,
+        "others": figures.others,
         "summary": summarise(figures.samples),
     }
 

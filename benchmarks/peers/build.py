@@ -16,12 +16,18 @@ from benchmarks.peers.peer import Case, Peer
 
 ROOT = Path(__file__).parent.parent.parent
 STAMP = "made-for.json"
+NOWHERE = "http://127.0.0.1:9"
 OFFLINE = {
+    **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), NOWHERE),
     "HF_HUB_OFFLINE": "1",
+    "PIP_NO_INDEX": "1",
+    "PIP_REQUIRE_VIRTUALENV": "1",
     "ORT_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-"""Set while peers are converted and measured. Nothing here tells idle threads how to wait: workers
+"""Set while peers are converted and measured. Some of them send telemetry or install packages by
+themselves (MNN's converter does both): the first have no way out, the second are refused. Nothing
+here tells idle threads how to wait: workers
 keep their engines' defaults, and those that are not measured are stopped."""
 
 

@@ -14,7 +14,7 @@ A worker answers one line of JSON with one line of JSON:
     {"do": "memory"}
 
 Each reply holds `ms` (what the engine took, timed inside the worker) and `cores` (processor time a
-second of it); one that failed holds `error`.
+second of it), `cpu_s` (processor time of the whole request) and memory; one that failed holds `error`.
 """
 
 from __future__ import annotations
@@ -242,6 +242,7 @@ def serve(
     engine: Engine | None = None
     for line in requests:
         request = json.loads(line)
+        busy = time.process_time()
         try:
             if request["do"] == "quit":
                 break
@@ -254,7 +255,7 @@ def serve(
                 if engine is None:
                     raise RuntimeError("nothing is loaded")
                 reply = measure(engine, case, request)
-            reply |= memory()
+            reply |= memory() | {"cpu_s": time.process_time() - busy}
         except Exception as error:
             # Whatever a peer raises is its report, and the run goes on without it.
             reply = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}

@@ -46,6 +46,8 @@ class Figures:
     Attributes:
         samples: Milliseconds by figure, row and round; None where a row had failed by then.
         cores: Cores that were kept busy, in the same places.
+        others: Cores that other processes kept busy meanwhile, by figure; empty where the system
+            does not tell.
         memory: Peak and present resident set by row, after everything; of cold starts beside.
         failures: Why a row is missing or stopped being measured.
         load_before: The machine's load average at the start.
@@ -53,6 +55,7 @@ class Figures:
 
     samples: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)
     cores: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)
+    others: dict[str, list[float]] = field(default_factory=dict)
     memory: dict[str, dict[str, float]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     load_before: float = 0.0
@@ -160,13 +163,38 @@ def _take(
                 if step.request is None:
                     reply = _cold(figures, workers, row, lambda r=row: begin(by_row[r]))  # type: ignore[misc]
                 else:
-                    asked = dict(step.request)
-                    reply = _attempt(figures, workers, row, lambda w, a=asked: w.ask(a))  # type: ignore[misc]
+                    reply = _timed_attempt(figures, workers, row, step)
             if number > 0:
                 samples[row].append(reply["ms"] if reply else None)
                 cores[row].append(reply.get("cores") if reply else None)
         print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr, flush=True)
+
+
+def _timed_attempt(
+    figures: Figures, workers: dict[str, Asked], row: str, step: Step
+) -> dict[str, Any] | None:
+    """A worker's reply, and what the machine's other processes did meanwhile."""
+    busy, started = machine_busy_s(), time.perf_counter()
+    reply = _attempt(figures, workers, row, lambda worker: worker.ask(step.request or {}))
+    wall, after = time.perf_counter() - started, machine_busy_s()
+    if reply is not None and "cpu_s" in reply and busy is not None and after is not None:
+        spent = max(0.0, (after - busy - reply["cpu_s"]) / wall)
+        figures.others.setdefault(step.name, []).append(spent)
+    return reply
+
+
+def machine_busy_s() -> float | None:
+    """Processor seconds that all cores have worked since the machine was started.
+
+    Source: proc(5): user, nice, system, then idle and iowait, then irq and softirq, in ticks.
+    """
+    try:
+        ticks = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8]
+    except OSError:
+        return None
+    spent = [int(count) for count in ticks]
+    return (sum(spent) - spent[3] - spent[4]) / os.sysconf("SC_CLK_TCK")
 
 
 def _attempt(

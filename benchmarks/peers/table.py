@@ -67,7 +67,9 @@ def render(document: Mapping[str, Any]) -> str:
         "x: peer time / our time in the same round, median (p10 to p90); above 1, ours is ahead",
     ]
     for figure, rows in document["summary"].items():
-        lines += ["", figure]
+        others = document["others"].get(figure)
+        note = f"   (other processes kept {np.median(others):.1f} cores busy)" if others else ""
+        lines += ["", figure + note]
         limit = limit_ms(figure, document)
         order = sorted(rows, key=lambda row: (row != OURS, rows[row]["ms"]["median"]))
         for row in order:

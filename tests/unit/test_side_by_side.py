@@ -289,6 +289,7 @@ def test_the_table_shows_speeds_ratios_limits_and_failures(case: Case) -> None:
         "memory": figures.memory,
         "failures": {"b": "cannot be built: no compiler"},
         "cores": figures.cores,
+        "others": {STEP.name: [0.0, 1.5, 9.0]},
         "summary": summarise(figures.samples),
     }
     text = render(document)
@@ -302,6 +303,7 @@ def test_the_table_shows_speeds_ratios_limits_and_failures(case: Case) -> None:
     assert "1280.0" in theirs
     assert "2.00x (2.00 to 2.00)" in theirs
     assert "2.0 cores" in theirs
+    assert "prefill 256, tok/s   (other processes kept 1.5 cores busy)" in text
     assert "not measured: b: cannot be built: no compiler" in text
 
 
