@@ -13,8 +13,9 @@ A worker answers one line of JSON with one line of JSON:
     {"do": "second"}                                 a further question behind such an answer
     {"do": "memory"}
 
-Each reply holds `ms` (what the engine took, timed inside the worker) and `cores` (processor time a
-second of it), `cpu_s` (processor time of the whole request) and memory; one that failed holds `error`.
+Each reply holds `ms` (what the engine took, timed inside the worker), `cores` (processor time a
+second of it), `cpu_s` (processor time of the whole request) and memory; one that failed holds
+`error`.
 """
 
 from __future__ import annotations

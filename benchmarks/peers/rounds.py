@@ -18,8 +18,9 @@ MEASURES = ("vision", "prefill", "decode", "ttft", "second-turn", "cold")
 PREFILL_TOKENS = (256, 1024)
 DECODE_CONTEXTS = (300, 1024)
 DECODE_STEPS = 32
-LONG_ROUNDS = 3
-"""Rounds of what takes many seconds: a picture of many tiles."""
+LONG_ROUNDS = 2
+"""Rounds of what takes many seconds, a picture of many tiles: after all the rest, nothing needs to
+warm up for it."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,13 @@ class Step:
         name: In the tables.
         request: What workers are asked; None for a cold start.
         rounds: How often.
-        per_s: What is counted, where the figure is a speed; 0 where it is milliseconds.
+        warm_up: Rounds before those that count.
     """
 
     name: str
     request: Mapping[str, Any] | None
     rounds: int
-    per_s: int = 0
+    warm_up: int = 1
 
 
 @dataclass
@@ -88,16 +89,17 @@ def steps_for(case: Case, measures: Iterable[str], rounds: int) -> list[Step]:
     if "prefill" in wanted:
         for count in PREFILL_TOKENS:
             request = {"do": "prefill", "tokens": count}
-            steps.append(Step(f"prefill {count}, tok/s", request, rounds, count))
+            steps.append(Step(f"prefill {count}, tok/s", request, rounds))
     if "decode" in wanted:
         for context in DECODE_CONTEXTS:
             request = {"do": "decode", "context": context, "steps": DECODE_STEPS}
-            steps.append(Step(f"decode at {context}, tok/s", request, rounds, DECODE_STEPS))
+            steps.append(Step(f"decode at {context}, tok/s", request, rounds))
     if "ttft" in wanted:
         for tiles in tilings:
             name = f"TTFT, {tiles} tile{'s' if tiles > 1 else ''}, ms"
+            request = {"do": "answer", "tiles": tiles}
             steps.append(
-                Step(name, {"do": "answer", "tiles": tiles}, rounds if tiles == 1 else long)
+                Step(name, request, rounds) if tiles == 1 else Step(name, request, long, warm_up=0)
             )
     if "second-turn" in wanted:
         request = {"do": "second", "tiles": tilings[0]}
@@ -155,7 +157,7 @@ def _take(
     samples = figures.samples.setdefault(step.name, {row: [] for row in by_row})
     cores = figures.cores.setdefault(step.name, {row: [] for row in by_row})
     print(step.name, end="", file=sys.stderr, flush=True)
-    for number in range(step.rounds + 1):
+    for number in range(step.warm_up + step.rounds):
         order = list(by_row) if number % 2 == 0 else list(reversed(by_row))
         for row in order:
             reply: dict[str, Any] | None = None
@@ -164,7 +166,7 @@ def _take(
                     reply = _cold(figures, workers, row, lambda r=row: begin(by_row[r]))  # type: ignore[misc]
                 else:
                     reply = _timed_attempt(figures, workers, row, step)
-            if number > 0:
+            if number >= step.warm_up:
                 samples[row].append(reply["ms"] if reply else None)
                 cores[row].append(reply.get("cores") if reply else None)
         print(".", end="", file=sys.stderr, flush=True)

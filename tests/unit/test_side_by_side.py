@@ -20,7 +20,7 @@ from benchmarks.peers.table import render, summarise
 from benchmarks.peers.worker import PeerFailed, Worker
 from benchmarks.side_by_side import PEERS, arguments_of, chosen, find_peer
 
-STEP = Step("prefill 256, tok/s", {"do": "prefill", "tokens": 256}, 3, 256)
+STEP = Step("prefill 256, tok/s", {"do": "prefill", "tokens": 256}, 3)
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_the_first_round_warms_up_and_ratios_are_of_the_same_round(case: Case) -
 
 
 def test_a_peer_that_dies_midway_is_reported_and_the_run_goes_on(case: Case) -> None:
-    later = Step("decode at 300, tok/s", {"do": "decode"}, 3, 32)
+    later = Step("decode at 300, tok/s", {"do": "decode"}, 3)
     times = {"ours": [1.0] * 8, "a": [2.0, 2.0, 2.0]}
     figures, _, workers = run_fakes(case, times, [STEP, later])
     assert figures.failures == {"a": "died (exit -9): out of memory"}
