@@ -110,8 +110,9 @@ def main(arguments: list[str] | None = None) -> None:
     from benchmarks.peers.shapes import SHAPES, make_case
 
     settings = arguments_of(arguments)
-    # Stopped workers would outlive a driver that is terminated without closing them.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Stopped workers would outlive a driver that is terminated without closing them, and what was
+    # measured until then is worth printing.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     chosen(settings.shape, tuple(SHAPES), "shape")
     place = settings.folder / settings.shape
     case = make_case(SHAPES[settings.shape], place, settings.bundle)

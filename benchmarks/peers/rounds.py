@@ -119,7 +119,7 @@ def run_all(
     """Starts every worker and takes every figure in turns.
 
     The order turns around from one round to the next. A worker that fails is reported, and its
-    later figures are left out.
+    later figures are left out. Interrupted (Ctrl-C), it returns what it has.
 
     Args:
         case: The shape.
@@ -140,6 +140,8 @@ def run_all(
             _take(figures, workers, by_row, step, lambda one: begin(one, threads))
         for row in list(workers):
             _attempt(figures, workers, row, lambda w: w.ask({"do": "memory"}), keep=True)
+    except KeyboardInterrupt:
+        figures.failures["the rest"] = "interrupted"
     finally:
         for worker in workers.values():
             worker.close()

@@ -113,6 +113,23 @@ def test_a_peer_that_dies_midway_is_reported_and_the_run_goes_on(case: Case) -> 
     assert all(worker.closed for worker in workers)
 
 
+def test_what_was_measured_before_an_interruption_is_kept(case: Case) -> None:
+    def until_interrupted() -> Iterator[float]:
+        yield from [1.0, 2.0, 3.0]
+        raise KeyboardInterrupt
+
+    workers: list[FakeWorker] = []
+
+    def start(one: Contestant, threads: int) -> FakeWorker:
+        workers.append(FakeWorker(one.row, until_interrupted(), []))
+        return workers[-1]
+
+    figures = run_all(case, [contestant("ours")], [STEP], 4, start)
+    assert figures.samples[STEP.name]["ours"] == [2.0, 3.0]
+    assert figures.failures == {"the rest": "interrupted"}
+    assert workers[0].closed
+
+
 def test_a_cold_start_is_a_process_of_its_own_each_time(case: Case) -> None:
     cold = steps_for(case, ["cold"], 2)
     figures, seen, workers = run_fakes(case, {"ours": [1.0] * 3, "a": [1.0] * 3}, cold)
