@@ -17,7 +17,7 @@ from benchmarks.peers.worker import PeerFailed, Worker
 MEASURES = ("vision", "prefill", "decode", "ttft", "second-turn", "cold")
 PREFILL_TOKENS = (256, 1024)
 DECODE_CONTEXTS = (300, 1024)
-DECODE_STEPS = 32
+DECODE_STEPS = 16
 LONG_ROUNDS = 2
 """Rounds of what takes many seconds, a picture of many tiles: after all the rest, nothing needs to
 warm up for it."""
