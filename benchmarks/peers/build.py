@@ -79,7 +79,7 @@ def prepare(
         target = place / row
         log = logs / f"{case.shape}-{row}.log"
         command = (str(python), "-m", peer.module)
-        failed = _convert(peer, row, command, place / "case.json", target, log)
+        failed = _convert(peer, row, case, (*command, "convert", row), target, log)
         if failed is not None:
             failures[row] = f"cannot be converted: {failed}"
             continue
@@ -115,18 +115,18 @@ def _environment(peer: Peer, folder: Path, log: Path) -> tuple[Path, str | None]
 
 
 def _convert(
-    peer: Peer, row: str, command: Sequence[str], case_file: Path, target: Path, log: Path
+    peer: Peer, row: str, case: Case, command: Sequence[str], target: Path, log: Path
 ) -> str | None:
-    """Converts the weights; returns why that failed."""
+    """Converts the weights, which a shape's name decides; returns why that failed."""
     stamp = target / STAMP
-    wanted = [list(peer.requirements), list(peer.unpinned), case_file.stat().st_size]
+    wanted = [list(peer.requirements), list(peer.unpinned), case.shape, case.context]
     if stamp.exists() and json.loads(stamp.read_text()) == wanted:
         return None
     print(f"converting for {row}: {log}", file=sys.stderr, flush=True)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     started = time.perf_counter()
-    step = [*command, "convert", row, str(case_file), str(target)]
+    step = [*command, str(target.parent / "case.json"), str(target)]
     failed = _logged([step], log, OFFLINE | dict(peer.run))
     if failed is None:
         stamp.write_text(json.dumps(wanted))

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.peers.rounds import DECODE_STEPS
+
 OURS = "ours"
 Samples = Mapping[str, Mapping[str, Sequence[float | None]]]
 
@@ -42,8 +44,6 @@ def summarise(samples: Samples) -> dict[str, dict[str, dict[str, Any]]]:
 
 def per_second(figure: str) -> int:
     """What a figure in tokens a second counts, 0 for one in milliseconds."""
-    from benchmarks.peers.rounds import DECODE_STEPS
-
     if not figure.endswith("tok/s"):
         return 0
     return int(figure.split()[1].rstrip(",")) if figure.startswith("prefill") else DECODE_STEPS
