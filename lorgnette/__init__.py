@@ -16,9 +16,15 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "open"]
 
 
-def open(path: str | Path, *, threads: int | None = None) -> Model:
+def open(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    keep_vision: bool = True,
+    wait: bool = True,
+) -> Model:
     """Opens a bundle, ready to answer: see `lorgnette.runtime.model.open_model`."""
     # Here and not at the top: importing the package must stay cheap.
     from lorgnette.runtime.model import open_model
 
-    return open_model(path, threads=threads)
+    return open_model(path, threads=threads, keep_vision=keep_vision, wait=wait)

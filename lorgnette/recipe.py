@@ -18,6 +18,7 @@ class PlanRule(Frozen, frozen=True):
     palette: bool | None = None
     rows: int | None = None
     scale_bits: int | None = None
+    narrow: bool | None = None
 
 
 class PlanText(Frozen, frozen=True):

@@ -119,6 +119,7 @@ def _grouped(bits: int, activations: Activations = "int8_group") -> QuantScheme:
 
 
 BY_CHANNEL = QuantScheme(bits=8, activations="int8_token")
+NARROW = QuantScheme(bits=8, activations="int8_token", narrow=True)
 SMALL_VISION = (
     # Patches of pixels and the one row of a squeeze-excite gate: no time to win.
     Rule("vision_encoder/tower.embed.*", _grouped(8, "float"), "mse"),
@@ -172,7 +173,7 @@ PLANS: dict[str, QuantPlan] = {
             "integer kernels, calibrated: outliers evened out, errors made up for (GPTQ)",
             (
                 *SMALL_VISION,
-                Rule("vision_encoder/*", BY_CHANNEL, "mse", "outliers"),
+                Rule("vision_encoder/*", NARROW, "mse", "outliers"),
                 *_decoder(4, "gptq", "outliers"),
             ),
             promise=Promise(0.1, 0.5),
@@ -182,7 +183,7 @@ PLANS: dict[str, QuantPlan] = {
             "the same forms as int4, made in a fraction of the time: nothing is calibrated",
             (
                 *SMALL_VISION,
-                Rule("vision_encoder/*", BY_CHANNEL, "mse"),
+                Rule("vision_encoder/*", NARROW, "mse"),
                 *_decoder(4, "mse", "none"),
             ),
             promise=Promise(0.2, 0.3),

@@ -33,6 +33,7 @@ def rule_text(rule: Rule) -> PlanRule:
         bits=scheme.bits,
         group=scheme.group_size or (TENSOR if scheme.per_tensor else CHANNEL),
         symmetric=None if scheme.symmetric else False,
+        narrow=True if scheme.narrow else None,
         scale_bits=None if scheme.scale_bits == 32 else scheme.scale_bits,
         activations=None if scheme.activations == "float" else scheme.activations,
         method=rule.method,

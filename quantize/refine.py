@@ -82,13 +82,13 @@ class _Rows:
         self, stride: slice, pull: Array, near: Array, own: Array, scheme: QuantScheme
     ) -> Array:
         """New codes of a few columns of a group; returns what their errors have grown by."""
-        group, last = stride.start // self._size, np.float32((1 << scheme.bits) - 1)
+        group = stride.start // self._size
         scales, zeros = self.scales[group], self.zeros[group]
         inverse = rtn.inverse(scales)
         pull, moved = pull.copy(), np.empty_like(pull)
         for at, column in enumerate(range(stride.start, stride.stop)):
             wanted = self._made[column] + pull[at] / own[at]
-            codes = np.clip(np.rint(wanted * inverse) + zeros, 0, last)
+            codes = np.clip(np.rint(wanted * inverse) + zeros, scheme.first, scheme.last)
             made = (codes - zeros) * scales
             moved[at] = self._made[column] - made
             self.codes[column], self._made[column] = codes, made

@@ -35,7 +35,9 @@ def short_scales(scales: Scales) -> Scales:
     bits = np.ascontiguousarray(scales, np.float32).view(np.uint32)
     # Round half to even at the sixteenth bit: half of the last bit kept, less one where that is 0.
     kept = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & TOP_BITS
-    return half_scales(kept.view(np.float32).reshape(scales.shape))
+    short = kept.view(np.float32).reshape(scales.shape)
+    # The least numbers of float32 round to 0 here; they have a least number of float16 to become.
+    return half_scales(np.where(short == 0, scales, short))
 
 
 def half_scales(scales: Scales) -> Scales:

@@ -21,6 +21,8 @@ ScaleBits = Literal[8, 16, 32]
 INTEGER_BITS = (2, 3, 4, 8)
 PALETTE_BITS = (4, 6, 8)
 FLOAT_BITS = (16, 32)
+NARROW = 64
+"""How far narrow codes lie around the one that means zero."""
 GROUP_SIZES = (16, 32, 64, 128)
 """Columns of a group; a `group_size` of 0 besides, for a whole row."""
 
@@ -33,7 +35,9 @@ class QuantScheme(Frozen, frozen=True):
     the row (see `scales.py`). A `group_size` of 0 is a whole row: one scale an output channel, or,
     `per_tensor`, one for the whole matrix. Symmetric schemes have zero in the middle of their
     codes, others a zero point a group. Codes of a `palette` index a table of 2 ** bits float32
-    values, one for `table_rows` rows together, 0 for the whole matrix.
+    values, one for `table_rows` rows together, 0 for the whole matrix. Codes of 8 bits that are
+    `narrow` stay within 64 around the one that means zero: two products with bytes then fit 16
+    bits, which lets processors without dot-product instructions add them in pairs.
     """
 
     bits: int
@@ -44,6 +48,22 @@ class QuantScheme(Frozen, frozen=True):
     palette: bool = False
     table_rows: int = 0
     scale_bits: ScaleBits = 32
+    narrow: bool = False
+
+    @property
+    def first(self) -> int:
+        """The least code."""
+        return NARROW if self.narrow else 0
+
+    @property
+    def last(self) -> int:
+        """The largest code."""
+        return 3 * NARROW if self.narrow else (1 << self.bits) - 1
+
+    @property
+    def middle(self) -> int:
+        """The code that means zero, of symmetric schemes."""
+        return 1 << (self.bits - 1)
 
     @property
     def is_integer(self) -> bool:
@@ -54,10 +74,10 @@ class QuantScheme(Frozen, frozen=True):
     def form(self) -> str:
         """How the weight is stored, in short.
 
-        `int4g32` in groups, `int8c` by channel, `int8t` for the whole matrix, `int4g32z` with zero
-        points, `int4g32h` and `int4g32b` with scales of 16 and 8 bits, `int4g32b15` with those of
-        8 bits that integer kernels know, `palette4` and `palette4r16` with a table for all or for
-        16 rows, `float16`.
+        `int4g32` in groups, `int8c` by channel, `int8cn` of narrow codes, `int8t` for the whole
+        matrix, `int4g32z` with zero points, `int4g32h` and `int4g32b` with scales of 16 and 8 bits,
+        `int4g32b15` with those of 8 bits that integer kernels know, `palette4` and `palette4r16`
+        with a table for all or for 16 rows, `float16`.
         """
         if not self.is_integer:
             return f"float{self.bits}"
@@ -67,7 +87,8 @@ class QuantScheme(Frozen, frozen=True):
         scales = {32: "", 16: "h", 8: "b"}[self.scale_bits]
         if self.scale_bits == 8 and self.most_steps < 127:
             scales += str(self.most_steps)
-        return f"int{self.bits}{groups}{'' if self.symmetric else 'z'}{scales}"
+        kind = "n" if self.narrow else "" if self.symmetric else "z"
+        return f"int{self.bits}{groups}{kind}{scales}"
 
     @property
     def full_name(self) -> str:

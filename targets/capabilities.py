@@ -116,10 +116,9 @@ class Capabilities(Frozen, frozen=True):
     """Why what is made cannot be run here or anywhere like here; empty where it can."""
 
     def adapt(self, scheme: QuantScheme) -> QuantScheme:
-        """A scheme with activations as they are treated here."""
-        return structs.replace(
-            scheme, activations=self.activations.get(scheme.activations, scheme.activations)
-        )
+        """A scheme with activations as they are treated here; narrow codes are codes like any."""
+        activations = self.activations.get(scheme.activations, scheme.activations)
+        return structs.replace(scheme, activations=activations, narrow=False)
 
     def adapt_plan(self, plan: QuantPlan) -> QuantPlan:
         """A plan with activations as they are treated here: what an engine may round."""

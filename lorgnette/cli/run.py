@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--stop", multiple=True, help="Text that ends the answer; repeatable.")
 @click.option("--threads", type=int, help="Threads of the engine.  [every core]")
+@click.option(
+    "--free-vision", is_flag=True, help="Free the vision encoder behind the pictures: less memory."
+)
 @click.option("--stats", is_flag=True, help="Print timings on stderr, terminal or not.")
 def run(
     bundle: Path,
@@ -58,6 +61,7 @@ def run(
     seed: int,
     stop: tuple[str, ...],
     threads: int | None,
+    free_vision: bool,
     stats: bool,
     as_json: bool,
 ) -> None:
@@ -85,7 +89,8 @@ def run(
         stop=stop,
     )
     first = _read_stdin() if prompt == "-" else prompt
-    model = open_model(bundle, threads=threads)
+    # Not waited for: pictures are encoded while the decoder loads.
+    model = open_model(bundle, threads=threads, keep_vision=not free_vision, wait=False)
     session = _Session(model, system, request, as_json, stats or sys.stderr.isatty())
     goes_on = chat and sys.stdin.isatty()  # where Ctrl-C ends an answer, not the conversation
     interrupted = False

@@ -240,14 +240,14 @@ def _round_stride(
     """
     group = fed.order[first] // (scheme.group_size or len(fed.order))
     scales, zeros = steps[0][group], steps[1][group]
-    inverse, last = rtn.inverse(scales), np.float32((1 << scheme.bits) - 1)
+    inverse = rtn.inverse(scales)
     codes, made = np.empty_like(wanted), np.empty_like(wanted)
     for at, column in enumerate(wanted):
         code, value = codes[at], made[at]
         np.multiply(column, inverse, out=code)
         np.rint(code, out=code)
         code += zeros
-        np.clip(code, 0, last, out=code)
+        np.clip(code, scheme.first, scheme.last, out=code)
         np.subtract(code, zeros, out=value)
         value *= scales
         column -= value

@@ -53,7 +53,7 @@ def _improved(groups: Groups, scheme: QuantScheme) -> Rounded:
     off = units - less
     least = objective(off)
     scales, beta = best_scales, np.float32(BETA)
-    low, high = -zeros[:, :, None], np.float32((1 << scheme.bits) - 1) - zeros[:, :, None]
+    low, high = (np.float32(end) - zeros[:, :, None] for end in (scheme.first, scheme.last))
     for _ in range(ROUNDS):
         scales = _solve(units - shrink(off, beta), less, scales)
         np.multiply(units, rtn.inverse(scales)[:, :, None], out=less)

@@ -96,14 +96,13 @@ def _best(
     weights: NDArray[np.float32] | None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The stretch and the zero point of each group whose codes explain most of it."""
-    last = np.float32((1 << scheme.bits) - 1)
     most = np.zeros_like(zeros)
     best_stretch, best_zeros = np.ones_like(zeros), zeros.copy()
     codes = np.empty_like(units)
 
     def attempt(stretch: NDArray[np.float32], zeros: NDArray[np.float32]) -> None:
         np.multiply(units, stretch[:, :, None], out=codes)
-        _to_codes(codes, zeros, last)
+        _to_codes(codes, zeros, scheme)
         gain = _explained(units, codes, weights)
         better = gain > most
         most[better] = gain[better]
@@ -114,13 +113,13 @@ def _best(
         attempt(np.full_like(zeros, 1 / step), zeros)
     if not scheme.symmetric:
         for beside in (-1, 1):
-            attempt(best_stretch.copy(), np.clip(zeros + np.float32(beside), 0, last))
+            attempt(best_stretch.copy(), np.clip(zeros + np.float32(beside), 0, scheme.last))
     return best_stretch, best_zeros
 
 
-def _to_codes(scaled: Groups, zeros: NDArray[np.float32], last: np.float32) -> None:
+def _to_codes(scaled: Groups, zeros: NDArray[np.float32], scheme: QuantScheme) -> None:
     """Rounds to codes less their zero point, in place."""
-    low, high = -zeros[:, :, None], (last - zeros)[:, :, None]
+    low, high = (np.float32(end) - zeros[:, :, None] for end in (scheme.first, scheme.last))
     np.rint(scaled, out=scaled)
     np.clip(scaled, low, high, out=scaled)
 
@@ -152,15 +151,14 @@ def _fit(
     weights: NDArray[np.float32] | None,
 ) -> Rounded:
     """Codes, scales in units and zero points: least squares, then the nearest codes again."""
-    last = np.float32((1 << scheme.bits) - 1)
     codes = units * stretch[:, :, None]
-    _to_codes(codes, zeros, last)
+    _to_codes(codes, zeros, scheme)
     along, square = _dot(units, codes, weights), _dot(codes, codes, weights)
     scales: NDArray[np.float32] = np.divide(
         along, square, out=np.ones_like(along), where=square > 0
     )
     np.multiply(units, rtn.inverse(scales)[:, :, None], out=codes)
-    _to_codes(codes, zeros, last)
+    _to_codes(codes, zeros, scheme)
     return codes + zeros[:, :, None], scales, zeros
 
 

@@ -23,7 +23,7 @@ def quantize(
 
     Symmetric: the element of largest magnitude in a group maps to the code of largest magnitude,
     which is negative. With m that element (the positive one of two alike), scale =
-    m / -2**(bits-1), so all 2**bits codes are in use.
+    m / -2**(bits-1), so all 2**bits codes are in use; of narrow codes, m / -64.
 
     Asymmetric: the range from the least to the greatest element, stretched to contain 0, is cut
     into 2**bits - 1 steps. With [l, h] that range, scale = (h - l) / (2**bits - 1) and the zero
@@ -46,7 +46,7 @@ def rounded(groups: Groups, scheme: QuantScheme) -> Rounded:
     codes = groups * inverse(scales)[:, :, None]
     np.rint(codes, out=codes)
     codes += zeros[:, :, None]
-    np.clip(codes, 0, (1 << scheme.bits) - 1, out=codes)
+    np.clip(codes, scheme.first, scheme.last, out=codes)
     return codes, scales, zeros
 
 
@@ -54,9 +54,9 @@ def steps(groups: Groups, scheme: QuantScheme) -> tuple[NDArray[np.float32], NDA
     """Scales and zero points `[rows, groups]`, both float32, of rounding to nearest."""
     highest, lowest = groups.max(axis=2), groups.min(axis=2)
     if scheme.symmetric:
-        half = np.float32(1 << (scheme.bits - 1))
-        scales = np.where(highest >= -lowest, highest, lowest) / -half
-        return stored_scales(scales, scheme), np.full_like(scales, half)
+        least = np.float32(scheme.first - scheme.middle)
+        scales = np.where(highest >= -lowest, highest, lowest) / least
+        return stored_scales(scales, scheme), np.full_like(scales, scheme.middle)
     last = np.float32((1 << scheme.bits) - 1)
     lowest, highest = np.minimum(lowest, 0), np.maximum(highest, 0)
     # Divided before the subtraction, and a hair below, lest the ends of float32 overflow.
@@ -86,7 +86,7 @@ def recoded(groups: Groups, made: Rounded, scheme: QuantScheme) -> Rounded:
     codes = groups * inverse(scales)[:, :, None]
     np.rint(codes, out=codes)
     codes += zeros[:, :, None]
-    np.clip(codes, 0, (1 << scheme.bits) - 1, out=codes)
+    np.clip(codes, scheme.first, scheme.last, out=codes)
     return codes, scales, zeros
 
 

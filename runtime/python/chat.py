@@ -40,7 +40,7 @@ from lorgnette.runtime.tokenizer import StopStrings
 if TYPE_CHECKING:
     from lorgnette.runtime.model import Model
 
-PREFILL_CHUNK = 512
+PREFILL_CHUNK = 1024
 """Positions of one prefill call: bounds the activations, and how long a cancel waits."""
 
 
@@ -141,7 +141,10 @@ class Chat:
         self._check_room(len(ids))
         started = time.perf_counter()
         model = self._model
+        model.engine.expect(min(len(ids) - min(self._filled, keep), PREFILL_CHUNK))
         pictures, tiles_run = encode_pictures(model.engine, tiles, model.pictures, control.check)
+        if tiles_run and not model.keep_vision:
+            model.engine.release_vision()
         timings.vision = _since(started)
         image_id = model.manifest.spec.image_token_id
         old = self._context

@@ -30,16 +30,29 @@ class Model:
         manifest: Its manifest.
         engine: What executes its graphs.
         tokenizer: Its tokenizer.
+        keep_vision: Whether the vision encoder stays in memory between pictures.
         pictures: Image tokens of the pictures seen last.
         load_ms: What opening took.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int | None = None,
+        *,
+        keep_vision: bool = True,
+        wait: bool = True,
+    ) -> None:
         """Checks the files and loads the graphs, side by side.
 
         Args:
             bundle: The bundle.
             threads: Threads of the engine; None takes every core this process may use.
+            keep_vision: Keeps the vision encoder in memory between pictures. Without, each
+                question with new pictures loads it again.
+            wait: Returns only when every graph is loaded. Without, the files are checked, and what
+                the engine refuses of a graph is told when it is first needed: a picture is then
+                encoded while the decoder is still loading.
 
         Raises:
             BundleError: A file was changed, or the engine refuses a graph.
@@ -56,9 +69,12 @@ class Model:
             try:
                 self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER))
                 self.engine = open_engine(bundle, threads or usable_cores())
+                if wait:
+                    self.engine.wait()
             finally:
                 digests.result()
         _check_tokenizer(self.tokenizer, bundle)
+        self.keep_vision = keep_vision
         self.pictures = PictureCache()
         self.load_ms = (time.perf_counter() - started) * 1e3
 
@@ -119,18 +135,26 @@ class Model:
         return Chat(self, system)
 
 
-def open_model(path: str | Path, *, threads: int | None = None) -> Model:
+def open_model(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    keep_vision: bool = True,
+    wait: bool = True,
+) -> Model:
     """Opens a bundle.
 
     Args:
         path: A `.lorg` directory.
         threads: Threads of the engine; None takes every core this process may use.
+        keep_vision: Keeps the vision encoder in memory between pictures: see `Model`.
+        wait: Returns only when every graph is loaded: see `Model`.
 
     Raises:
         BundleError: The bundle is missing, damaged, hostile, or made for a newer reader.
         RequestError: `threads` is not positive.
     """
-    return Model(open_bundle(path), threads)
+    return Model(open_bundle(path), threads, keep_vision=keep_vision, wait=wait)
 
 
 def usable_cores() -> int:

@@ -94,7 +94,8 @@ def encode_picture(
     parts = []
     for start in range(0, len(tiles.pixels), TILES_PER_CALL):
         check()
-        parts.append(engine.encode(tiles.pixels[start : start + TILES_PER_CALL]))
+        end = start + TILES_PER_CALL
+        parts.append(engine.encode(tiles.pixels[start:end], more=end < len(tiles.pixels)))
     tokens = np.concatenate(parts)
     picture = EncodedPicture(tokens.reshape(-1, tokens.shape[-1]), tiles.rows, tiles.cols)
     cache.put(key, picture)

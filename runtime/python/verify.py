@@ -48,6 +48,8 @@ class Seen:
     image_tokens: NDArray[np.float32]
     logits: NDArray[np.float32]
     greedy_ids: tuple[int, ...]
+    prefilled: NDArray[np.float32] | None = None
+    """float32 `[V]`, behind the prompt, by the graph for many positions where there is one."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,8 @@ def _answer(model: Model, golden: Golden, image_tokens: NDArray[np.float32]) -> 
     embeddings[slots] = image_tokens.reshape(len(slots), -1)
     state = model.engine.new_state()
     logits = state.run(embeddings, 0)
+    many = model.engine.new_prefill_state()
+    prefilled = many.run(embeddings, 0).copy() if many is not None else None
     kept: list[NDArray[np.float32]] = []
     got: list[int] = []
     for step, token in enumerate(wanted):
@@ -161,17 +165,21 @@ def _answer(model: Model, golden: Golden, image_tokens: NDArray[np.float32]) -> 
         got.append(int(logits.argmax()))
         if step + 1 < len(wanted):
             logits = state.run(model.engine.embed(np.array([token], np.int64)), len(ids) + step)
-    return Seen(image_tokens, np.stack(kept), tuple(got))
+    return Seen(image_tokens, np.stack(kept), tuple(got), prefilled)
 
 
 def _logits_and_ids(seen: Seen, golden: Golden, bounds: Bounds) -> list[Rung]:
     wanted = golden.text.original_greedy_ids
     errors = [relative_error(*pair) for pair in zip(seen.logits, golden.logits, strict=False)]
+    places = [f"step {step} of {len(errors)}" for step in range(len(errors))]
+    if seen.prefilled is not None:
+        errors.append(relative_error(seen.prefilled, golden.logits[0]))
+        places.append("the graph for many positions")
     worst = int(np.argmax(errors))
     rung = Rung(
         "logits",
         errors[worst] <= bounds.logits,
-        f"relative error {errors[worst]:.2e} at step {worst} of {len(errors)} "
+        f"relative error {errors[worst]:.2e} at {places[worst]} "
         f"behind {len(golden.text.prompt_ids)} positions",
         error=errors[worst],
         bound=bounds.logits,

@@ -49,11 +49,21 @@ class GraphBuilder:
         component: What is lowered.
         source: Its weights, and how they are rounded.
         weights: Where they are stored.
+        many_positions: Whether the graph is for hundreds of positions a call, where it pays to
+            make other codes of weights first.
     """
 
-    def __init__(self, component: Component, source: QuantizedSource, weights: WeightFile) -> None:
+    def __init__(
+        self,
+        component: Component,
+        source: QuantizedSource,
+        weights: WeightFile,
+        *,
+        many_positions: bool = False,
+    ) -> None:
         """Starts an empty graph."""
         self.component = component
+        self.many_positions = many_positions
         self.inputs = [_io_value(s) for s in (*component.inputs, *component.cache_inputs)]
         self.operators: Counter[str] = Counter()
         self.weight_bytes: Counter[str] = Counter()
@@ -176,7 +186,8 @@ class GraphBuilder:
         """A symmetric matrix stored column by column, as integer kernels read it.
 
         Returns:
-            Codes `[stored columns, rows]` (uint8; uint4 of 4 bits by channel; of 4 bits in groups
+            Codes `[stored columns, rows]` (uint8; int8 of narrow codes, less the one that means
+            zero; uint4 of 4 bits by channel; of 4 bits in groups
             int4, less the code that means zero), the multiples that scales are in groups (int8
             `[groups, rows]`, None of a scheme without), and one number a row (float32 `[rows]`),
             its scale or what the multiples are of.
@@ -185,7 +196,7 @@ class GraphBuilder:
         part = partial(self._integer_part, parameter, scheme)
         shape = (scheme.padded(columns), rows)
         if scheme.bits == 8:
-            codes = part("columns", shape, lambda made: made.codes.T)
+            codes = part("columns", shape, lambda made: _signed(made.codes, scheme).T)
             return codes, None, self._scales(parameter, scheme, (rows,))
         size = (-(-math.prod(shape) // 2),)
         if not scheme.group_size:
@@ -323,6 +334,11 @@ class GraphBuilder:
             shape=ir.Shape(shape),
             type=ir.TensorType(tensor.dtype),
         )
+
+
+def _signed(codes: NDArray[np.uint8], scheme: QuantScheme) -> NDArray[np.generic]:
+    """Narrow codes as signed numbers, less the one that means zero; others as they are."""
+    return (codes ^ np.uint8(scheme.middle)).view(np.int8) if scheme.narrow else codes
 
 
 def _io_value(spec: TensorSpec) -> ir.Value:

@@ -36,9 +36,10 @@ def integer_matmul(
     Static: `codes = clip(round(x / scale) + zero_point, 0, 255)` with the scale and zero point
     that calibration found; otherwise the same, and no pass over x to find its largest.
 
-    Both operands are unsigned with a zero point. Kernels that take signed weights add pairs of
-    products in 16 bits on processors without dot-product instructions, and saturate there; those
-    for unsigned operands are exact on all.
+    Both operands are unsigned with a zero point, but for narrow codes. Kernels that take signed
+    weights add pairs of products in 16 bits on processors without dot-product instructions; narrow
+    codes fit there, and are multiplied in three quarters of the time; others would saturate, and
+    take the kernels for unsigned operands, which are exact on all.
 
     Source: onnxruntime's operator documentation (MatMulIntegerToFloat); its MLAS, qgemm kernels.
 
@@ -55,7 +56,7 @@ def integer_matmul(
         codes, weight_scale, zero = expanded(builder, weight, scheme)
         inputs = [rounded, codes, scale, weight_scale, middle, zero, *([bias] if bias else [])]
         return builder.node("MatMulIntegerToFloat", inputs, domain=CONTRIB)[0]
-    rounded, scale = _round_positions(builder, x, known)
+    rounded, scale = round_positions(builder, x, known)
     codes, weight_scale, zero = expanded(builder, weight, scheme)
     middle = builder.constant(np.array(MIDDLE, np.uint8))
     one = builder.constant(np.array(1, np.float32))
@@ -95,6 +96,8 @@ def expanded(
     middle = builder.constant(np.array(MIDDLE, np.uint8))
     if multiples is not None:
         return _multiplied(builder, codes, multiples, scheme, weight), scales, middle
+    if scheme.narrow:
+        return codes, scales, builder.constant(np.array(0, np.int8))
     if scheme.bits == 8:
         return codes, scales, middle
     to = {"to": int(ir.DataType.UINT8)}
@@ -147,7 +150,7 @@ def _round_statically(
     return codes, scale, zero
 
 
-def _round_positions(
+def round_positions(
     builder: GraphBuilder, x: torch.fx.Node, known: Known
 ) -> tuple[ir.Value, ir.Value]:
     """Codes of `x`, in its shape, and the scale of each position; made once for all who ask."""

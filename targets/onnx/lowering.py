@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from lorgnette.bundle import list_files
-from lorgnette.manifest import CACHE8, Manifest, TensorEntry
+from lorgnette.manifest import CACHE8, FunctionEntry, Manifest, TensorEntry
 from lorgnette.quantize.plan import QuantPlan
 from lorgnette.quantize.scheme import GROUP_SIZES, Activations, ScaleBits
 from lorgnette.targets.capabilities import (
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lorgnette.export.check import Parts
     from lorgnette.export.component import Component
     from lorgnette.quantize.store import QuantizedModel, QuantizedSource
+    from lorgnette.targets.onnx.graph import GraphBuilder
     from lorgnette.targets.onnx.weight_file import WeightFile
 
 FLOATS = SchemeRange(bits=(16, 32))
@@ -57,6 +58,9 @@ TABLES = (
     SchemeRange(bits=(4, 8), groups=GROUP_SIZES, symmetric=EITHER, scale_bits=SCALE_BITS),
 )
 
+MANY_POSITIONS = 192
+"""From so many new positions on the prefill graph is the faster one: what it makes of weights first
+takes as long as it wins over about 180 positions (`python -m benchmarks.prefill`)."""
 GRAPHS = "graphs"
 WEIGHTS = "weights.bin"
 
@@ -73,26 +77,50 @@ class OnnxLowering:
         self, component: Component, program: ExportedProgram, source: QuantizedSource
     ) -> LoweredComponent:
         """Lowers one component; its weights are read, packed and written one by one."""
-        import onnx_ir as ir
-
         from lorgnette.export.component import with_cache_bits
-        from lorgnette.targets.onnx.fuse import fuse_quick_gelus, fuse_skip_norms
-        from lorgnette.targets.onnx.graph import GraphBuilder, build_graph
+        from lorgnette.targets.onnx.graph import GraphBuilder
+        from lorgnette.targets.onnx.many_positions import is_recoded
 
         stored = with_cache_bits(component, source.cache_bits)
         builder = GraphBuilder(stored, source, self._weights)
+        graph, operators = self._write(builder, program, component.name)
+        lowered = LoweredComponent(
+            graph=graph,
+            operators=operators,
+            weight_bytes=dict(sorted(builder.weight_bytes.items())),
+            kept_in_float=builder.kept_in_float,
+        )
+        schemes = (source.rule(name).scheme for name in source.matrices)
+        if "prefill" not in component.entry_points or not any(map(is_recoded, schemes)):
+            return lowered
+        many = GraphBuilder(stored, source, self._weights, many_positions=True)
+        graph, _ = self._write(many, program, "prefill")
+        prefill = FunctionEntry(
+            name="prefill",
+            entry_point="prefill",
+            inputs=(),
+            outputs=(),
+            graph=graph,
+            positions=MANY_POSITIONS,
+        )
+        return msgspec.structs.replace(lowered, functions=(prefill,))
+
+    def _write(
+        self, builder: GraphBuilder, program: ExportedProgram, name: str
+    ) -> tuple[str, dict[str, int]]:
+        """Builds and writes a graph; gives its file, and how often each operator is in it."""
+        import onnx_ir as ir
+
+        from lorgnette.targets.onnx.fuse import fuse_quick_gelus, fuse_skip_norms
+        from lorgnette.targets.onnx.graph import build_graph
+
         model = build_graph(builder, program)
         fuse_skip_norms(model)
         fuse_quick_gelus(model)
         operators = Counter(f"{node.domain or 'ai.onnx'}::{node.op_type}" for node in model.graph)
-        path = self._folder / GRAPHS / f"{component.name}.onnx"
+        path = self._folder / GRAPHS / f"{name}.onnx"
         ir.save(model, path)
-        return LoweredComponent(
-            graph=f"{GRAPHS}/{path.name}",
-            operators=dict(sorted(operators.items())),
-            weight_bytes=dict(sorted(builder.weight_bytes.items())),
-            kept_in_float=builder.kept_in_float,
-        )
+        return f"{GRAPHS}/{path.name}", dict(sorted(operators.items()))
 
 
 class OnnxCpu:
@@ -168,6 +196,7 @@ class OnnxCpu:
                 msgspec.structs.replace(
                     entry,
                     graph=twin.relative_to(folder).as_posix(),
+                    functions=(),
                     cache_inputs=_in_float(entry.cache_inputs),
                     cache_outputs=_in_float(entry.cache_outputs),
                 )

@@ -14,6 +14,7 @@ from lorgnette.targets.onnx.arguments import Known, Translation, graph_value, we
 from lorgnette.targets.onnx.cache import cached_attention
 from lorgnette.targets.onnx.graph import CONTRIB, Attribute, GraphBuilder
 from lorgnette.targets.onnx.integer_matmul import integer_matmul
+from lorgnette.targets.onnx.many_positions import has_positions, is_recoded, recoded_matmul
 
 
 def linear(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value:
@@ -27,6 +28,9 @@ def linear(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value
     scheme = builder.scheme(weight)
     if scheme.activations in ("int8_token", "int8_static"):
         return integer_matmul(builder, weight, node, known)
+    x_node = cast("torch.fx.Node", node.args[0])
+    if builder.many_positions and is_recoded(scheme) and has_positions(x_node):
+        return recoded_matmul(builder, weight, node, known)
     if scheme.is_integer:
         out = _grouped_matmul(builder, x, weight, node)
     else:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lorgnette.errors import BundleError
 from lorgnette.manifest import Manifest
+from lorgnette.targets.onnx.integer_matmul import MIDDLE
 from lorgnette.targets.onnx.packing import HIGH_BIT
 from lorgnette.targets.target import StoredMatrix
 
@@ -60,10 +61,12 @@ def _by_row(value: ir.Value, bits: int) -> Codes:
 
 
 def _by_column(value: ir.Value) -> Codes:
-    """Codes that lie column by column; those of int4 are less the one that means zero."""
+    """Codes that lie column by column; signed ones are less the one that means zero."""
     codes = _array(value).astype(np.int16)
     if value.dtype == ir.DataType.INT4:
         codes += HIGH_BIT
+    elif value.dtype == ir.DataType.INT8:
+        codes += MIDDLE
     return codes.astype(np.uint8).T
 
 

@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from lorgnette.runtime.chat import Chat
+from lorgnette.runtime.engines.engine import WholeEngine
 from lorgnette.runtime.model import Model, open_model
 from lorgnette.runtime.prompt import Message, encode_prompt
 
@@ -81,7 +82,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-class FakeEngine:
+class FakeEngine(WholeEngine):
     """Holds token ids where a real one holds keys and values, and answers by a function.
 
     Args:
@@ -110,7 +111,7 @@ class FakeEngine:
         self.width, self.vocab = spec.text.hidden_size, spec.text.vocab_size
         self.per_tile = spec.image_tokens_per_tile
 
-    def encode(self, tiles: NDArray[np.uint8]) -> Float:
+    def encode(self, tiles: NDArray[np.uint8], *, more: bool = False) -> Float:
         """Image tokens that tell of which tile and place they are."""
         self.tiles.append(len(tiles))
         self.on_encode(len(self.tiles))

@@ -49,15 +49,16 @@ def run(model: Model, state: OnnxDecoderState, ids: np.ndarray, past: int) -> Fl
 def test_inputs_and_outputs_of_the_cache_are_one_memory(model: Model) -> None:
     state = state_of(model)
     run(model, state, some_ids(model, 9), 0)
-    outputs = state._binding.get_outputs()
+    outputs = state._bindings["decoder"].get_outputs()
     held = [cache.ctypes.data for cache in state._caches]
-    assert [value.data_ptr() for value in outputs] == [*held, state._logits.ctypes.data]
+    assert [value.data_ptr() for value in outputs] == [state._logits.ctypes.data, *held]
     layers = model.manifest.spec.text.layers
     assert len(set(held)) == 2 * layers
 
 
 def test_a_run_writes_its_positions_and_no_others(model: Model) -> None:
     state = state_of(model)
+    run(model, state, some_ids(model, 1), 0)
     addresses = [cache.ctypes.data for cache in state._caches]
     for cache in state._caches:
         cache[:] = SENTINEL
@@ -93,7 +94,7 @@ def test_a_cache_that_grows_keeps_what_it_held(
     assert sizes == [4, 4, 8, 32, 64]
     np.testing.assert_allclose(logits, whole, rtol=1e-4, atol=1e-5)
     held = [cache.ctypes.data for cache in state._caches]
-    outputs = [value.data_ptr() for value in state._binding.get_outputs()]
+    outputs = [value.data_ptr() for value in state._bindings["decoder"].get_outputs()]
     assert sorted(outputs) == sorted([*held, state._logits.ctypes.data])
 
 

@@ -20,6 +20,8 @@ import lorgnette
 from lorgnette.bundle import Bundle
 from lorgnette.errors import BundleError, ImageError, RequestError
 from lorgnette.runtime import model as model_module
+from lorgnette.runtime.engines import onnx as onnx_engine
+from lorgnette.runtime.engines.engine import WholeEngine
 from lorgnette.runtime.generation import Result
 from lorgnette.runtime.model import Model, open_model, usable_cores
 from tests.runtime.support import (
@@ -56,7 +58,12 @@ def test_threads_must_be_positive(fp32: Path, threads: int) -> None:
 def test_no_threads_means_every_usable_core(fp32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(model_module, "usable_cores", lambda: 3)
-    monkeypatch.setattr(model_module, "open_engine", lambda bundle, threads: asked.append(threads))
+
+    def note(bundle: Bundle, threads: int) -> WholeEngine:
+        asked.append(threads)
+        return WholeEngine()
+
+    monkeypatch.setattr(model_module, "open_engine", note)
     open_model(fp32)
     open_model(fp32, threads=2)
     assert asked == [3, 2]
@@ -70,6 +77,64 @@ def test_more_threads_give_the_same_answer(fp32: Path, model: Model) -> None:
     assert open_model(fp32, threads=2).generate(source, QUESTION).result().token_ids == (
         wanted.token_ids
     )
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every graph that is loaded, in order; the decoder takes its time."""
+    names: list[str] = []
+    load = onnx_engine._session
+
+    def slowly(bundle: Bundle, component: str, threads: int, **options: object) -> object:
+        if component == "decoder":
+            time.sleep(0.3)
+        session = load(bundle, component, threads, **options)  # type: ignore[arg-type]
+        names.append(component)
+        return session
+
+    monkeypatch.setattr(onnx_engine, "_session", slowly)
+    return names
+
+
+def test_a_model_that_is_not_waited_for_encodes_before_its_decoder_is_there(
+    fp32: Path, model: Model, loaded: list[str]
+) -> None:
+    early = open_model(fp32, threads=1, wait=False)
+    edge = model.manifest.spec.vision.image_size
+    tiles = np.zeros((1, 3, edge, edge), np.uint8)
+    assert early.engine.encode(tiles).shape[0] == 1
+    assert "decoder" not in loaded
+    wanted = model.generate(picture(50, 90), QUESTION).result()
+    assert early.generate(picture(50, 90), QUESTION).result().token_ids == wanted.token_ids
+    assert sorted(loaded) == ["decoder", "token_embedding", "vision_encoder"]
+
+
+def test_what_is_not_waited_for_tells_what_is_wrong_when_it_is_needed(
+    fp32: Path, tmp_path: Path
+) -> None:
+    bundle = copy_bundle(fp32, tmp_path / "b.lorg")
+    (bundle / "graphs/decoder.onnx").write_bytes(b"nothing")
+    redigest(bundle)
+    with pytest.raises(BundleError, match="refuses the graph"):
+        open_model(bundle, threads=1)
+    early = open_model(bundle, threads=1, wait=False)
+    with pytest.raises(BundleError, match=r"refuses the graph in .*decoder.onnx"):
+        early.generate((), QUESTION).result()
+
+
+def test_a_freed_vision_encoder_comes_back_for_the_next_picture(
+    fp32: Path, model: Model, loaded: list[str]
+) -> None:
+    small = open_model(fp32, threads=1, keep_vision=False)
+    chat = small.chat()
+    for shown in (picture(50, 90), picture(60, 80)):
+        wanted = model.generate(shown, QUESTION).result()
+        assert small.generate(shown, QUESTION).result().token_ids == wanted.token_ids
+    assert loaded.count("vision_encoder") == 2
+    # A picture that was seen, and a question without one, need no encoder.
+    chat.send(QUESTION, (picture(50, 90),)).result()
+    chat.send(QUESTION).result()
+    assert loaded.count("vision_encoder") == 2
 
 
 def flip_byte(path: Path, at: int) -> None:

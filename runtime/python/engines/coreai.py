@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from lorgnette.bundle import Bundle, sha256_of
 from lorgnette.errors import BundleError
 from lorgnette.manifest import FunctionEntry, TensorEntry
-from lorgnette.runtime.engines.engine import Float, Tiles
+from lorgnette.runtime.engines.engine import Float, Tiles, WholeEngine
 
 Result = TypeVar("Result")
 FIRST_POSITIONS = 512
@@ -44,7 +44,7 @@ ENGINE_ERRORS = (RuntimeError, ValueError, KeyError, OSError)
 """What the library raises where an asset or a call is not as it should be."""
 
 
-class CoreAiEngine:
+class CoreAiEngine(WholeEngine):
     """The functions of a bundle's assets."""
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
@@ -69,7 +69,7 @@ class CoreAiEngine:
                     wanted=", ".join(sorted(tensors)),
                 )
 
-    def encode(self, tiles: Tiles) -> Float:
+    def encode(self, tiles: Tiles, *, more: bool = False) -> Float:
         """Image tokens of a batch of tiles. Shapes: uint8 `[G, 3, edge, edge]` to `[G, N, D]`."""
         tokens = [self._call("encode", {"tiles": tile[None]})["image_tokens"] for tile in tiles]
         return np.concatenate(tokens)

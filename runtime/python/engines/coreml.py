@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lorgnette.bundle import Bundle
 from lorgnette.errors import BundleError, MissingExtraError
-from lorgnette.runtime.engines.engine import Float, Tiles
+from lorgnette.runtime.engines.engine import Float, Tiles, WholeEngine
 
 if TYPE_CHECKING:
     from lorgnette.targets.coreml.evaluate import Evaluator
@@ -29,7 +29,7 @@ thread nearly halves the time of a tile, but four on four busy cores are forty t
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 
-class CoreMlEngine:
+class CoreMlEngine(WholeEngine):
     """The three packages of a bundle."""
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
@@ -54,7 +54,7 @@ class CoreMlEngine:
         self._context_length = manifest.context_length
         _check_interface(bundle, self._vision, self._embedding, self._decoder)
 
-    def encode(self, tiles: Tiles) -> Float:
+    def encode(self, tiles: Tiles, *, more: bool = False) -> Float:
         """Image tokens of a batch of tiles, one after the other.
 
         Shapes: uint8 `[G, 3, edge, edge]` to `[G, N, D]`.

@@ -31,14 +31,34 @@ class DecoderState(Protocol):
 class Engine(Protocol):
     """Executes the components of one bundle."""
 
-    def encode(self, tiles: Tiles) -> Float:
-        """Image tokens of a batch of tiles. Shapes: uint8 `[G, 3, edge, edge]` to `[G, N, D]`."""
+    def wait(self) -> None:
+        """Returns when everything is loaded; what was refused is told here or at first use."""
+
+    def encode(self, tiles: Tiles, *, more: bool = False) -> Float:
+        """Image tokens of a batch of tiles.
+
+        With `more`, other tiles follow at once, and working memory may be kept for them.
+
+        Shapes: uint8 `[G, 3, edge, edge]` to `[G, N, D]`.
+        """
+
+    def release_vision(self) -> None:
+        """Frees the vision encoder where it lies apart from the rest, until the next picture."""
 
     def embed(self, token_ids: NDArray[np.int64]) -> Float:
         """Embeddings of tokens. Shapes: `[T]` to `[T, D]`."""
 
     def new_state(self) -> DecoderState:
         """An empty KV cache of the bundle's context length."""
+
+    def new_prefill_state(self) -> DecoderState | None:
+        """The same, every call of which takes the graph that is there for many positions.
+
+        None where one graph serves every length. States of `new_state` choose by themselves.
+        """
+
+    def expect(self, positions: int) -> None:
+        """Told how many new positions come before they do: what they need may be loaded by then."""
 
 
 class OperatorTrace(NamedTuple):
@@ -56,3 +76,20 @@ class ProfiledEngine(Engine, Protocol):
 
     def end_profiling(self) -> Sequence[OperatorTrace]:
         """Ends it and gives a trace of each graph; once."""
+
+
+class WholeEngine:
+    """An engine that loads everything when it is made, and keeps it."""
+
+    def wait(self) -> None:
+        """Everything is loaded."""
+
+    def release_vision(self) -> None:
+        """Nothing lies apart."""
+
+    def new_prefill_state(self) -> DecoderState | None:
+        """One graph serves every length, or the engine's own choice is not to be had apart."""
+        return None
+
+    def expect(self, positions: int) -> None:
+        """Everything is loaded."""

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from lorgnette.bundle import Bundle, sha256_of
 from lorgnette.errors import BundleError, MissingExtraError
-from lorgnette.runtime.engines.engine import Float, Tiles
+from lorgnette.runtime.engines.engine import Float, Tiles, WholeEngine
 
 if TYPE_CHECKING:
     from lorgnette.manifest import FunctionEntry, TensorEntry
@@ -38,7 +38,7 @@ KINDS = ("keys", "values")
 _LOADING = threading.Lock()
 
 
-class ExecutorchEngine:
+class ExecutorchEngine(WholeEngine):
     """The three methods of a bundle's file."""
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
@@ -54,7 +54,7 @@ class ExecutorchEngine:
         decoder = _StatefulMethod(*given[2])
         self._decoder = _Decoder(decoder, manifest.spec.text.layers, manifest.context_length)
 
-    def encode(self, tiles: Tiles) -> Float:
+    def encode(self, tiles: Tiles, *, more: bool = False) -> Float:
         """Image tokens of a batch of tiles. Shapes: uint8 `[G, 3, edge, edge]` to `[G, N, D]`."""
         return np.concatenate([self._vision(tile[None]) for tile in tiles])
 

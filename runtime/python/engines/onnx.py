@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 
 # Read by onnxruntime when it is loaded: from 1.29 on its packages send telemetry without it.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -28,7 +32,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import (
 
 from lorgnette.bundle import Bundle
 from lorgnette.errors import BundleError
-from lorgnette.manifest import CACHE8, ComponentEntry
+from lorgnette.manifest import CACHE8, ComponentEntry, FunctionEntry
 from lorgnette.runtime.engines.engine import Float, OperatorTrace, Tiles
 
 ENGINE_ERRORS = (
@@ -53,53 +57,106 @@ _TYPES = {
 
 
 _NEWER = "its KV cache is of 8 bits: update onnxruntime, 1.32 is new enough"
+VISION, EMBEDDING, DECODER = "vision_encoder", "token_embedding", "decoder"
+GRAPHS = (VISION, EMBEDDING, DECODER)
+PREFILL = "prefill"
+"""The decoder's graph for many positions at once; opened when there are so many."""
 FIRST_POSITIONS = 512
 """Positions that a new KV cache has room for."""
 
 
 class OnnxEngine:
-    """The three graphs of a bundle as sessions.
+    """The three graphs of a bundle as sessions, loaded side by side.
 
     Weights are memory-mapped from the bundle by onnxruntime itself.
     """
 
     def __init__(self, bundle: Bundle, threads: int, profile_folder: Path | None = None) -> None:
-        """Creates the sessions; with a folder to write in, they note what each operator takes."""
+        """Starts loading; with a folder to write in, sessions note what each operator takes."""
         self._context_length = bundle.manifest.context_length
-        self._decoder_entry = bundle.manifest.component("decoder")
-        # One thread: looking up a few rows is not worth waking others.
-        self._embedding = _session(bundle, "token_embedding", 1, profile_folder)
-        self._decoder = _session(bundle, "decoder", threads, profile_folder)
-        self._vision = _session(bundle, "vision_encoder", threads, profile_folder)
+        self._decoder_entry = bundle.manifest.component(DECODER)
+        self._prefill = _prefill_function(self._decoder_entry)
+        self._open = partial(_session, bundle, profile_folder=profile_folder)
+        self._threads = threads
+        self._loading: dict[str, Future[onnxruntime.InferenceSession]] = {}
+        self._lock = threading.Lock()
+        for component in GRAPHS:
+            self._load(component)
 
-    def encode(self, tiles: Tiles) -> Float:
+    def wait(self) -> None:
+        """Returns when every graph is loaded."""
+        loading = list(self._loading.values())
+        wait(loading)
+        for each in loading:
+            each.result()
+
+    def encode(self, tiles: Tiles, *, more: bool = False) -> Float:
         """Image tokens of a batch of tiles. Shapes: uint8 `[G, 3, edge, edge]` to `[G, N, D]`."""
-        with _running("vision_encoder"):
-            image_tokens: Float = self._vision.run(None, {"tiles": tiles})[0]
+        session = self._session(VISION)
+        with _running(VISION):
+            options = None if more else _giving_memory_back()
+            image_tokens: Float = session.run(None, {"tiles": tiles}, options)[0]
         return image_tokens
+
+    def release_vision(self) -> None:
+        """Frees the vision encoder; the next picture loads it again."""
+        with self._lock:
+            self._loading.pop(VISION, None)
 
     def embed(self, token_ids: NDArray[np.int64]) -> Float:
         """Embeddings of tokens. Shapes: `[T]` to `[T, D]`."""
-        with _running("token_embedding"):
-            embeddings: Float = self._embedding.run(None, {"token_ids": token_ids[None]})[0]
+        session = self._session(EMBEDDING)
+        with _running(EMBEDDING):
+            embeddings: Float = session.run(None, {"token_ids": token_ids[None]})[0]
         return embeddings[0]  # type: ignore[no-any-return]
 
     def new_state(self) -> OnnxDecoderState:
         """An empty KV cache of the bundle's context length."""
-        return OnnxDecoderState(self._decoder, self._decoder_entry, self._context_length)
+        return self._state(math.inf if self._prefill is None else self._prefill.positions)
+
+    def new_prefill_state(self) -> OnnxDecoderState | None:
+        """The same, every call of which takes the graph for many positions."""
+        return None if self._prefill is None else self._state(1)
+
+    def expect(self, positions: int) -> None:
+        """Starts loading what so many new positions need and others do not."""
+        if self._prefill is not None and positions >= self._prefill.positions:
+            self._load(PREFILL)
+
+    def _state(self, prefill_from: float) -> OnnxDecoderState:
+        return OnnxDecoderState(
+            self._session, self._decoder_entry, self._context_length, prefill_from
+        )
 
     def end_profiling(self) -> list[OperatorTrace]:
         """Ends the notes of what each operator took; only where a folder was given."""
-        sessions = {
-            "vision_encoder": self._vision,
-            "token_embedding": self._embedding,
-            "decoder": self._decoder,
-        }
-        return [_trace(component, session) for component, session in sessions.items()]
+        return [_trace(name, self._session(name)) for name in self._loading]
+
+    def _load(self, name: str) -> Future[onnxruntime.InferenceSession]:
+        """Starts loading a graph in a thread of its own, unless that was done."""
+        # Looking up a few rows is not worth waking others.
+        threads = 1 if name == EMBEDDING else self._threads
+        with self._lock:
+            if name not in self._loading:
+                pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"load-{name}")
+                self._loading[name] = pool.submit(self._open, name, threads)
+                pool.shutdown(wait=False)
+            return self._loading[name]
+
+    def _session(self, name: str) -> onnxruntime.InferenceSession:
+        """A session, waited for where it is still loading."""
+        return self._load(name).result()
+
+
+def _giving_memory_back() -> onnxruntime.RunOptions:
+    """Options of a run behind which the memory it worked in is freed."""
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
 
 
 class OnnxDecoderState:
-    """A KV cache bound as input and output alike, so that the graph writes it in place.
+    """A KV cache bound as input and output alike, so that graphs write it in place.
 
     The buffers double when they are full, up to the context length. They are not allocated whole:
     systems with huge pages commit two megabytes where the first position of a head is written,
@@ -107,35 +164,62 @@ class OnnxDecoderState:
     """
 
     def __init__(
-        self, session: onnxruntime.InferenceSession, entry: ComponentEntry, capacity: int
+        self,
+        session: Callable[[str], onnxruntime.InferenceSession],
+        entry: ComponentEntry,
+        capacity: int,
+        prefill_from: float,
     ) -> None:
-        """Allocates and binds."""
+        """Allocates nothing yet; sessions are asked for by name when positions come.
+
+        Args:
+            session: Gives the session of a graph.
+            entry: The decoder's entry.
+            capacity: Positions that the cache can grow to.
+            prefill_from: The least new positions that the prefill graph is for.
+        """
         self.capacity = capacity
-        self._session = session
-        self._binding = session.io_binding()
-        self._past = np.zeros(1, np.int32)
-        self._bind_input("past_length", self._past)
+        self._open = session
         self._entry = entry
+        self._prefill_from = prefill_from
+        self._past = np.zeros(1, np.int32)
+        self._logits = np.zeros((1, int(entry.outputs[0].shape[1])), np.float32)
         self._caches: list[NDArray[np.generic]] = []
         self._allocated = 0
-        self._reserve(1, 0)
-        self._logits = np.zeros((1, int(entry.outputs[0].shape[1])), np.float32)
-        self._bind_output("logits", self._logits)
+        self._bindings: dict[str, onnxruntime.IOBinding] = {}
 
     def run(self, embeddings: Float, past_length: int) -> Float:
         """Appends T positions after `past_length` and gives the logits behind the last.
 
         Shapes: `embeddings` `[T, D]`; returns `[V]`, valid until the next call.
         """
-        if past_length + len(embeddings) > self.capacity:
-            raise ValueError(f"{past_length} + {len(embeddings)} positions in {self.capacity}")
-        self._reserve(past_length + len(embeddings), past_length)
+        count = len(embeddings)
+        if past_length + count > self.capacity:
+            raise ValueError(f"{past_length} + {count} positions in {self.capacity}")
+        name = PREFILL if count >= self._prefill_from else DECODER
+        session = self._open(name)
+        self._reserve(past_length + count, past_length)
+        if name not in self._bindings:
+            self._bindings[name] = self._bind(session)
         self._past[0] = past_length
         bound = np.ascontiguousarray(embeddings[None])
-        self._bind_input("embeddings", bound)
-        with _running("decoder"):
-            self._session.run_with_iobinding(self._binding)
+        _bind(self._bindings[name].bind_input, "embeddings", bound)
+        with _running(DECODER):
+            session.run_with_iobinding(self._bindings[name])
         return self._logits[0]  # type: ignore[no-any-return]
+
+    def _bind(self, session: onnxruntime.InferenceSession) -> onnxruntime.IOBinding:
+        """Binds what stays in its place from call to call."""
+        binding = session.io_binding()
+        _bind(binding.bind_input, "past_length", self._past)
+        _bind(binding.bind_output, "logits", self._logits)
+        entry = self._entry
+        for cache, source, target in zip(
+            self._caches, entry.cache_inputs, entry.cache_outputs, strict=True
+        ):
+            _bind(binding.bind_input, source.name, cache)
+            _bind(binding.bind_output, target.name, cache)
+        return binding
 
     def _reserve(self, needed: int, keep: int) -> None:
         """Makes room for `needed` positions, keeping the first `keep`."""
@@ -144,22 +228,18 @@ class OnnxDecoderState:
         doubled = max(FIRST_POSITIONS, 1 << (needed - 1).bit_length())
         self._allocated = min(doubled, self.capacity)
         old, self._caches = self._caches, []
-        pairs = zip(self._entry.cache_inputs, self._entry.cache_outputs, strict=True)
-        for index, (source, target) in enumerate(pairs):
+        for index, source in enumerate(self._entry.cache_inputs):
             shape = [self._allocated if axis == "S" else int(axis) for axis in source.shape]
             cache = np.zeros(shape, source.dtype)
             if old:
                 kept = old[index][:, :, :keep]
                 cache[:, :, : kept.shape[2]] = kept
             self._caches.append(cache)
-            self._bind_input(source.name, cache)
-            self._bind_output(target.name, cache)
+        self._bindings = {}
 
-    def _bind_input(self, name: str, array: NDArray[np.generic]) -> None:
-        self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
-    def _bind_output(self, name: str, array: NDArray[np.generic]) -> None:
-        self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+def _bind(bind: Callable[..., None], name: str, array: NDArray[np.generic]) -> None:
+    bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
 
 @contextmanager
@@ -182,23 +262,34 @@ def _trace(component: str, session: onnxruntime.InferenceSession) -> OperatorTra
     epoch, monotonic = time.time_ns(), time.monotonic_ns()
     if abs(epoch - started) < abs(monotonic - started):
         started += monotonic - epoch
-    return OperatorTrace(component, Path(session.end_profiling()), started)
+    return OperatorTrace(
+        DECODER if component == PREFILL else component, Path(session.end_profiling()), started
+    )
+
+
+def _prefill_function(decoder: ComponentEntry) -> FunctionEntry | None:
+    """The decoder's function for many positions, where it has a graph of its own."""
+    return next((each for each in decoder.functions if each.graph), None)
 
 
 def _session(
-    bundle: Bundle, component: str, threads: int, profile_folder: Path | None = None
+    bundle: Bundle, name: str, threads: int, *, profile_folder: Path | None = None
 ) -> onnxruntime.InferenceSession:
+    entry = bundle.manifest.component(DECODER if name == PREFILL else name)
+    prefill = _prefill_function(entry) if name == PREFILL else None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # fatal ones only: errors arrive as exceptions
+    # A plan of memory for shapes seen before would lie beside what the first run took.
+    options.enable_mem_pattern = False
     # Exports write what is to run. More would take longer to load and join layer normalisations
     # with their additions, which is slower.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     if profile_folder is not None:
         options.enable_profiling = True
-        options.profile_file_prefix = str(profile_folder / component)
-    path = bundle.file(bundle.manifest.component(component).graph)
+        options.profile_file_prefix = str(profile_folder / name)
+    path = bundle.file(entry.graph if prefill is None else prefill.graph)
     try:
         session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
@@ -210,7 +301,7 @@ def _session(
             got=str(error).splitlines()[0],
             hint=_NEWER if CACHE8 in bundle.manifest.requires else None,
         ) from error
-    _check_interface(session, bundle.manifest.component(component), path)
+    _check_interface(session, entry, path)
     return session
 
 
