@@ -122,13 +122,25 @@ class SlowEngine:
         self.runs: list[tuple[int, int]] = []
         """Past length and new positions of every decoder call."""
 
-    def encode(self, tiles: np.ndarray[Any, Any]) -> Any:
+    def wait(self) -> None:
+        self._engine.wait()
+
+    def expect(self, positions: int) -> None:
+        self._engine.expect(positions)
+
+    def release_vision(self) -> None:
+        self._engine.release_vision()
+
+    def encode(self, tiles: np.ndarray[Any, Any], *, more: bool = False) -> Any:
         self._clock.ms += self._costs["encode"] * len(tiles)
-        return self._engine.encode(tiles)
+        return self._engine.encode(tiles, more=more)
 
     def embed(self, token_ids: np.ndarray[Any, Any]) -> Any:
         self._clock.ms += self._costs["embed"]
         return self._engine.embed(token_ids)
+
+    def new_prefill_state(self) -> None:
+        """One graph is as slow as the other here."""
 
     def new_state(self) -> SlowState:
         return SlowState(self._engine.new_state(), self._clock, self._costs, self.runs)

@@ -20,12 +20,15 @@ from lorgnette.runtime.profile.request import STEP, Failure, Job, Started  # noq
 
 
 def start(job: Job) -> Started:
-    """Opens the bundle and asks about a picture of one tile."""
+    """Opens the bundle and, as `lorgnette run` does, asks before everything is loaded."""
     from lorgnette.runtime.model import open_model
 
     imported = time.monotonic()
-    model = open_model(job.bundle, threads=job.threads)
+    only_open = job.kind == "ready"
+    model = open_model(job.bundle, threads=job.threads, wait=only_open)
     ready = time.monotonic()
+    if only_open:
+        return Started(entered=ENTERED, imported=imported, ready=ready, first_token=None)
     from lorgnette.runtime.profile.answers import ONE_TOKEN, QUESTION
     from lorgnette.runtime.profile.picture import FreshPictures, one_tile, with_preprocess
 
@@ -43,7 +46,7 @@ def do(job: Job, folder: Path) -> object:
         job: The job.
         folder: Where it may leave files, which the process that asked removes.
     """
-    if job.kind == "start":
+    if job.kind in ("start", "ready"):
         return start(job)
     from lorgnette.runtime.profile import jobs
 

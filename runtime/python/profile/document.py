@@ -152,14 +152,14 @@ class Noise(Part, frozen=True):
 
 
 class Start(Part, frozen=True):
-    """A process that opens the bundle and answers about a picture of one tile."""
+    """New processes: some that only open the bundle, some that answer about one tile."""
 
     ready_ms: Figure
-    """From the start of the process until the bundle is open."""
+    """From the start of the process until every graph is loaded, where nothing is asked."""
     first_token_ms: Figure
-    """From the start of the process until the first token."""
+    """From the start of the process until the first token; graphs load while others run."""
     python_ms: Figure
-    """Of that, until Python runs our first line."""
+    """Of `ready_ms`, until Python runs our first line."""
     imports_ms: Figure
     """Of that, importing the runtime."""
     load_ms: Figure

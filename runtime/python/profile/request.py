@@ -12,7 +12,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One job of `child`: see `jobs` and `start`."""
 
     kind: str
-    """`start`, `memory`, `operators`, `sweep` or `phases`."""
+    """`start`, `ready`, `memory`, `operators`, `sweep` or `phases`."""
     bundle: str
     threads: int
     picture: str | None
@@ -38,4 +38,5 @@ class Started(msgspec.Struct, frozen=True, kw_only=True):
     entered: float
     imported: float
     ready: float
-    first_token: float
+    first_token: float | None
+    """Nothing was asked where only being ready counts."""

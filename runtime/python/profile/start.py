@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import msgspec
 
 from lorgnette.bundle import Bundle
@@ -17,7 +20,18 @@ MOST_RUNS = 5
 COLD = 0.05
 """A bundle of which no more than this is in memory counts as forgotten."""
 NOT_ASKED = "left out by --no-cold"
-Moments = list[tuple[float, Started]]
+
+
+class Moments(NamedTuple):
+    """One process, by `time.monotonic`."""
+
+    begun: float
+    told: Started
+
+    @property
+    def first_token_ms(self) -> float:
+        """From its start until the first token, where it was asked for one."""
+        return ((self.told.first_token or self.told.ready) - self.begun) * 1e3
 
 
 def measure_starts(bundle: Bundle, bench: Bench, job: Job, cold: bool) -> dict[str, Start]:
@@ -59,42 +73,44 @@ def no_start(reason: str) -> Start:
 
 def _cold(bundle: Bundle, bench: Bench, job: Job) -> Start:
     files = files_of(bundle)
-    moments: Moments = []
     shares: list[float | None] = []
 
-    def run() -> float:
+    def forget() -> None:
         evict(files)
         shares.append(cached_share(files))
-        return _start(job, moments)
 
-    kept = len(bench.samples("cold start", run, min(bench.runs, MOST_RUNS)))
-    return _figures(moments[-kept:], shares[-kept:])
+    return _start("cold start", bench, job, forget, shares)
 
 
 def _warm(bundle: Bundle, bench: Bench, job: Job) -> Start:
-    moments: Moments = []
-    # Not each time: each run leaves the bundle as it found it.
-    kept = len(
-        bench.samples("warm start", lambda: _start(job, moments), min(bench.runs, MOST_RUNS))
-    )
-    return _figures(moments[-kept:], [cached_share(files_of(bundle))])
+    shares: list[float | None] = []
+    files = files_of(bundle)
+    return _start("warm start", bench, job, lambda: shares.append(cached_share(files)), shares)
 
 
-def _start(job: Job, moments: Moments) -> float:
-    """One start; milliseconds until the first token."""
-    told, begun = run_job(msgspec.structs.replace(job, kind="start"), Started)
-    moments.append((begun, told))
-    return (told.first_token - begun) * 1e3
+def _start(
+    name: str, bench: Bench, job: Job, before: Callable[[], None], shares: list[float | None]
+) -> Start:
+    """Two processes a run: one that answers, and one that only gets ready."""
+    answered: list[Moments] = []
+    opened: list[Moments] = []
 
+    def run() -> float:
+        for kind, moments in (("ready", opened), ("start", answered)):
+            before()
+            told, begun = run_job(msgspec.structs.replace(job, kind=kind), Started)
+            moments.append(Moments(begun, told))
+        return answered[-1].first_token_ms
 
-def _figures(moments: Moments, shares: list[float | None]) -> Start:
-    known = [share for share in shares if share is not None]
+    kept = len(bench.samples(name, run, min(bench.runs, MOST_RUNS)))
+    known = [share for share in shares[-2 * kept :] if share is not None]
+    opened, answered = opened[-kept:], answered[-kept:]
     return Start(
-        ready_ms=figure([(told.ready - begun) * 1e3 for begun, told in moments]),
-        first_token_ms=figure([(told.first_token - begun) * 1e3 for begun, told in moments]),
-        python_ms=figure([(told.entered - begun) * 1e3 for begun, told in moments]),
-        imports_ms=figure([(told.imported - told.entered) * 1e3 for _, told in moments]),
-        load_ms=figure([(told.ready - told.imported) * 1e3 for _, told in moments]),
+        ready_ms=figure([(each.told.ready - each.begun) * 1e3 for each in opened]),
+        first_token_ms=figure([each.first_token_ms for each in answered]),
+        python_ms=figure([(each.told.entered - each.begun) * 1e3 for each in opened]),
+        imports_ms=figure([(each.told.imported - each.told.entered) * 1e3 for each in opened]),
+        load_ms=figure([(each.told.ready - each.told.imported) * 1e3 for each in opened]),
         cached_share=max(known) if known else None,
         reason="" if known else "the system does not tell what is in its file cache",
     )
