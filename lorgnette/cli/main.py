@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 
 import click
 
 import lorgnette
-from lorgnette.cli.doctor import doctor
-from lorgnette.cli.evaluate import evaluate
-from lorgnette.cli.export import export
-from lorgnette.cli.inspect import inspect
-from lorgnette.cli.list import list_known
-from lorgnette.cli.profile import profile
-from lorgnette.cli.run import run
-from lorgnette.cli.search import search
-from lorgnette.cli.verify import verify
 from lorgnette.errors import EXIT_INTERRUPTED
 
+COMMANDS = {
+    "export": "export",
+    "search": "search",
+    "run": "run",
+    "profile": "profile",
+    "evaluate": "evaluate",
+    "verify": "verify",
+    "inspect": "inspect",
+    "list": "list_known",
+    "doctor": "doctor",
+}
+"""Names of commands, each also the file beside this one that holds it, and what it is there."""
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+
+class Commands(click.Group):
+    """The commands, each imported when it is asked for: a run's first word waits for no other."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in alphabetical order."""
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of a name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"lorgnette.cli.{cmd_name}")
+        found: click.Command = getattr(module, COMMANDS[cmd_name])
+        return found
+
+
+@click.group(
+    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(lorgnette.__version__, prog_name="lorgnette")
 def cli() -> None:
     """Compiles small vision-language models for edge devices, and runs them.
@@ -28,10 +51,6 @@ def cli() -> None:
     Exit codes: 0 done, 1 a check failed, 2 wrong input, 70 a bug in lorgnette, 130 interrupted,
     141 the reader of the output went away.
     """
-
-
-for command in (export, search, run, profile, evaluate, verify, inspect, list_known, doctor):
-    cli.add_command(command)
 
 
 def main() -> None:
