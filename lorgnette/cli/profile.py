@@ -140,7 +140,8 @@ def profile_text(found: Profile) -> list[str]:
         told += ["", f"operators: not measured: {found.operators.reason}"]
     for name, entry in (found.operators.entry_points or {}).items():
         rows = [lines.OPERATOR_HEAD, *lines.operator_rows(entry, SHOWN_GROUPS)]
-        told += ["", lines.operator_title(name, entry), *table(rows)]
+        told += ["", lines.operator_title(name, entry)]
+        told += [f"  {lines.operator_line(entry)}", *table(rows)]
     if found.settings.sweep_left_out:
         told += ["", f"by threads: not measured: {found.settings.sweep_left_out}"]
     if found.sweep:

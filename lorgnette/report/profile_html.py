@@ -71,6 +71,7 @@ def _operators(profile: Profile) -> list[str]:
     for name, phase in found.entry_points.items():
         parts += [
             f"<h3>{text(lines.operator_title(name, phase))}</h3>",
+            f"<p>{text(lines.operator_line(phase, MOST_GROUPS))}</p>",
             picture(plots.operators(phase), f"operators of {name}"),
             *table(lines.OPERATOR_HEAD, lines.operator_rows(phase, MOST_GROUPS)),
         ]

@@ -107,6 +107,15 @@ def operator_title(entry_point: str, phase: OperatorPhase) -> str:
     )
 
 
+def operator_line(phase: OperatorPhase, most: int = 5) -> str:
+    """Shares by operator alone, the largest first."""
+    shares: dict[str, float] = {}
+    for group in phase.groups:
+        shares[group.operator] = shares.get(group.operator, 0.0) + group.share
+    largest = sorted(shares.items(), key=lambda item: -item[1])[:most]
+    return ", ".join(f"{name} {share:.1%}" for name, share in largest)
+
+
 def sweep_rows(profile: Profile) -> list[Row]:
     """Medians by number of threads."""
     rows: list[Row] = []

@@ -163,6 +163,12 @@ def test_operators_of_every_entry_point_are_told(profile: Profile) -> None:
     decode = {group.operator for group in entries["decode"].groups}
     assert "MultiHeadAttention" in encode
     assert "GroupQueryAttention" in decode - encode
+    assert ("layers.*.attention", "GroupQueryAttention", 4) in {
+        (group.module, group.operator, group.nodes) for group in entries["decode"].groups
+    }
+    assert "tower.layers.0.mlp.fc1" in {node.module for node in entries["encode"].nodes}
+    named = sum(group.share for group in entries["encode"].groups if group.module)
+    assert named == pytest.approx(1)
 
 
 def slow_model(model: Model, clock: Clock, **costs: float) -> Model:

@@ -75,8 +75,11 @@ def test_it_tells_what_a_person_feels_first(made: Made) -> None:
     assert list(table)[:2] == ["cold start, to the first token", "warm start, to the first token"]
     assert "decode, context 256" in table
     assert table["peak memory"][0].endswith(" MB")
-    for entry in ("encode (vision_encoder, 1 tile)", "decode (decoder, 1 token, context 256)"):
-        assert f"{entry}: " in text
+    for name, entry in (found.operators.entry_points or {}).items():
+        title = f"{name} ({entry.component}, {entry.what}): "
+        below = text.partition(title)[2].splitlines()[1]
+        share = sum(g.share for g in entry.groups if g.operator == below.split()[0])
+        assert f"{share:.1%}" in below
     assert "projector: not measured: the projector is inside the graph" in text
 
 
