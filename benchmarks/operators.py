@@ -52,7 +52,6 @@ def norms(threads: int) -> dict[str, Run]:
     epsilon = {"epsilon": 1e-6}
     add = helper.make_node("Add", ["x", "r"], ["s"])
     contrib = {"domain": "com.microsoft", **epsilon}
-    simplified = "SkipSimplifiedLayerNormalization"
     outputs = ["y", "", "", "s"]
     skip = helper.make_node("SkipLayerNormalization", ["x", "r", "g", "b"], outputs, **contrib)
     short = helper.make_node(
