@@ -60,7 +60,7 @@ TABLES = (
 
 MANY_POSITIONS = 192
 """From so many new positions on the prefill graph is the faster one: what it makes of weights first
-takes as long as it wins over about 180 positions (`python -m benchmarks.prefill`)."""
+takes as long as it wins over about 180 positions (`python -m benchmarks.operators`)."""
 GRAPHS = "graphs"
 WEIGHTS = "weights.bin"
 
