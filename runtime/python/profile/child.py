@@ -30,12 +30,10 @@ def start(job: Job) -> Started:
     if only_open:
         return Started(entered=ENTERED, imported=imported, ready=ready, first_token=None)
     from lorgnette.runtime.profile.answers import ONE_TOKEN, QUESTION
-    from lorgnette.runtime.profile.picture import FreshPictures, one_tile, with_preprocess
+    from lorgnette.runtime.profile.picture import one_tile, with_preprocess
 
-    spec = model.manifest.preprocess
-    picture = FreshPictures(job.picture, spec.tile_size).take()
-    chat = with_preprocess(model, one_tile(spec)).chat()
-    next(chat.send(QUESTION, [picture], ONE_TOKEN), "")
+    chat = with_preprocess(model, one_tile(model.manifest.preprocess)).chat()
+    next(chat.send(QUESTION, [job.picture or ""], ONE_TOKEN), "")
     return Started(entered=ENTERED, imported=imported, ready=ready, first_token=time.monotonic())
 
 
