@@ -160,7 +160,7 @@ def _take(
     cores = figures.cores.setdefault(step.name, {row: [] for row in by_row})
     print(step.name, end="", file=sys.stderr, flush=True)
     for number in range(step.warm_up + step.rounds):
-        order = list(by_row) if number % 2 == 0 else list(reversed(by_row))
+        order = list(by_row) if number % 2 == 0 else list(by_row)[::-1]
         for row in order:
             reply: dict[str, Any] | None = None
             if row in workers:
