@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from benchmarks.peers.build import OFFLINE, ROOT, Contestant
 from benchmarks.peers.peer import Case
-from benchmarks.peers.worker import PeerFailed, Worker
+from benchmarks.peers.worker import PATIENCE_S, PeerFailed, Worker
 
 MEASURES = ("vision", "prefill", "decode", "ttft", "second-turn", "cold", "ttft-full")
 PREFILL_TOKENS = (256, 1024)
@@ -65,7 +65,7 @@ class Figures:
 class Asked(Protocol):
     """What rounds need of a worker."""
 
-    def ask(self, request: Mapping[str, Any], timeout_s: float = 600.0) -> dict[str, Any]:
+    def ask(self, request: Mapping[str, Any], timeout_s: float = PATIENCE_S) -> dict[str, Any]:
         """Sends a request and waits for the reply."""
 
     def close(self) -> None:
