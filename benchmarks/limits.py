@@ -18,6 +18,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
@@ -120,7 +125,7 @@ def int8_gemm(threads: int) -> float:
     return 2 * SIDE**3 / seconds / 1e9
 
 
-def _onnx_gemm(kind: str, a: object, b: object, threads: int) -> float:
+def _onnx_gemm(kind: str, a: NDArray[np.generic], b: NDArray[np.generic], threads: int) -> float:
     """Seconds of one operator, the second matrix known beforehand so that it can be packed."""
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper

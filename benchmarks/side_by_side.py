@@ -1,7 +1,8 @@
 """Our runtime beside its peers: one machine, one shape, the same threads, taken in turns.
 
     python -m benchmarks.side_by_side [--shape SmolVLM-256M] [--peers ours,llamacpp,openvino,...]
-        [--threads 4] [--rounds 5] [--measure vision,prefill,decode,ttft,second-turn,cold]
+        [--threads 4] [--rounds 5]
+        [--measure vision,prefill,decode,ttft,second-turn,cold,ttft-full]
         [--folder build/peers] [--json FILE] [--bundle OUR.lorg]
 
 Builds an environment for each peer, converts the same random weights for it and measures all of

@@ -7,7 +7,7 @@ import json
 import math
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.peers.peer import Case, Engine, Peer, PlainEngine, main
 from benchmarks.peers.weights import read_weights
@@ -208,7 +208,7 @@ class LlamaEngine(PlainEngine):
         self._chunks = self._open_picture(folder, threads)
         self._chunk = self._first_picture()
 
-    def _open_picture(self, folder: Path, threads: int) -> int:
+    def _open_picture(self, folder: Path, threads: int) -> Any:  # noqa: ANN401  a C pointer
         """Opens the tower and preprocesses a picture, which no figure includes."""
         import numpy as np
 
@@ -232,7 +232,7 @@ class LlamaEngine(PlainEngine):
             raise RuntimeError("mtmd_tokenize failed")
         return chunks
 
-    def _first_picture(self) -> int:
+    def _first_picture(self) -> Any:  # noqa: ANN401  a C pointer
         m = self._m
         for index in range(m.mtmd_input_chunks_size(self._chunks)):
             chunk = m.mtmd_input_chunks_get(self._chunks, index)

@@ -107,9 +107,19 @@ class Layer(nn.Module):
         self.input_layernorm = RmsNorm(width, eps)
         self.post_attention_layernorm = RmsNorm(width, eps)
 
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor, past: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """As `Attention`, with the residuals."""
+        out, cache = self.self_attn(self.input_layernorm(x), rotation, mask, past)
+        x = x + out
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
 
 class Decoder(nn.Module):
     """Ids and cache in; logits behind the last id and cache out."""
+
+    speeds: Tensor
 
     def __init__(self, config: dict[str, Any]) -> None:
         """A Llama or Qwen2 of these sizes."""
@@ -141,10 +151,8 @@ class Decoder(nn.Module):
         x = self.embed_tokens(ids)
         kept: list[Tensor] = []
         for index, layer in enumerate(self.layers):
-            pair = tuple(c.index_select(0, beam) for c in caches[2 * index : 2 * index + 2])
-            out, cache = layer.self_attn(layer.input_layernorm(x), rotation, mask[None, None], pair)
-            x = x + out
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            pair = [cache.index_select(0, beam) for cache in caches[2 * index : 2 * index + 2]]
+            x, cache = layer(x, rotation, mask[None, None], (pair[0], pair[1]))
             kept += cache
         return (self.lm_head(self.norm(x[:, -1:])), *kept)
 

@@ -67,12 +67,13 @@ def _decoder(case: Case) -> Model:
     decoder = decoder_of(case)
     layers, (batch, heads, _, size) = len(decoder.layers), decoder.cache_shape
     caches = [torch.zeros(batch, heads, 3, size) for _ in range(2 * layers)]
-    example = (torch.ones(1, 5, dtype=torch.long), torch.zeros(1, dtype=torch.long), *caches)
+    example = (torch.ones(1, 5, dtype=torch.long), torch.zeros(1, dtype=torch.int32), *caches)
     with torch.no_grad():
         traced = torch.jit.trace(decoder, example, check_trace=False)
-    dynamic = openvino.PartialShape([1, heads, -1, size])
-    shapes = [openvino.PartialShape([1, -1]), openvino.PartialShape([1])]
-    inputs = [(shape, openvino.Type.i64) for shape in shapes]
+    dynamic = openvino.PartialShape([-1, heads, -1, size])
+    # Fusing caches into the attention asks for i32[?]: see stateful_sdpa_fusion.cpp of OpenVINO.
+    inputs = [(openvino.PartialShape([1, -1]), openvino.Type.i64)]
+    inputs += [(openvino.PartialShape([-1]), openvino.Type.i32)]
     inputs += [(dynamic, openvino.Type.f32)] * (2 * layers)
     model = openvino.convert_model(traced, example_input=example, input=inputs)
     names = ["input_ids", "beam_idx", *(f"past.{i}" for i in range(2 * layers))]
@@ -85,7 +86,24 @@ def _decoder(case: Case) -> Model:
     apply_make_stateful_transformation(
         model, {f"past.{i}": f"present.{i}" for i in range(2 * layers)}
     )
+    _start_empty(model)
     return model
+
+
+def _start_empty(model: Model) -> None:
+    """Gives each state an empty cache to begin with; the fused attention wants one."""
+    import numpy as np
+    from openvino import opset13
+
+    batch = opset13.shape_of(model.input("beam_idx"), output_type="i64")
+    for node in model.get_ops():
+        if node.get_type_name() == "ReadValue":
+            _, heads, _, size = node.get_output_partial_shape(0)
+            rest = np.array([heads.get_length(), 0, size.get_length()], np.int64)
+            shape = opset13.concat([batch, opset13.constant(rest)], 0)
+            zero = opset13.constant(0.0, node.get_output_element_type(0))
+            node.set_arguments([opset13.broadcast(zero, shape).output(0)])
+    model.validate_nodes_and_infer_types()
 
 
 def _tower(case: Case) -> Model:
@@ -123,7 +141,7 @@ class OpenvinoEngine(PlainEngine):
         decoder = core.compile_model(folder / "decoder.xml", "CPU", settings)
         vision = core.compile_model(folder / "vision.xml", "CPU", settings)
         self._decoder, self._vision = (m.create_infer_request() for m in (decoder, vision))
-        self._tile, self._beam = _tiles(case, 1)[0], np.zeros(1, np.int64)
+        self._tile, self._beam = _tiles(case, 1)[0], np.zeros(1, np.int32)
 
     def encode(self) -> None:
         """One tile."""

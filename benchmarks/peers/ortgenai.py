@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from benchmarks.peers.onnx_vision import OnnxVision, export_vision
 from benchmarks.peers.peer import Case, Engine, Peer, PlainEngine, main
@@ -63,7 +64,7 @@ class GenaiEngine(PlainEngine):
         self._model = og.Model(config)
         self._params = og.GeneratorParams(self._model)
         self._params.set_search_options(do_sample=False, max_length=case.context)
-        self._generator = None
+        self._generator: Any = None
         self._vision = OnnxVision(case, folder / "vision.onnx", threads)
 
     def encode(self) -> None:

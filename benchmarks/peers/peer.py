@@ -195,7 +195,7 @@ def measure(engine: Engine, case: Case, request: Mapping[str, Any]) -> Reply:
     """Runs one request."""
     kind = request["do"]
     if kind == "encode":
-        return timed(engine.encode)  # type: ignore[arg-type]
+        return timed(engine.encode)
     if kind == "prefill":
         ids = case.drawn_ids(request["tokens"])
         engine.start()
@@ -220,7 +220,7 @@ def _decode(engine: Engine, ids: list[int], steps: int) -> Reply:
         for _ in range(steps):
             token = engine.decode(token)
 
-    return timed(run) | {"steps": steps}  # type: ignore[arg-type]
+    return timed(run) | {"steps": steps}
 
 
 def _nothing(_: object) -> None:
@@ -244,10 +244,10 @@ def serve(
     for line in requests:
         request = json.loads(line)
         busy = time.process_time()
+        reply: Reply = {}
         try:
             if request["do"] == "quit":
                 break
-            reply = {}
             if request["do"] == "load":
                 started = time.perf_counter()
                 engine = load()

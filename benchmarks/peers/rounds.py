@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 from benchmarks.peers.build import OFFLINE, ROOT, Contestant
 from benchmarks.peers.peer import Case
-from benchmarks.peers.worker import PeerFailed, Worker
+from benchmarks.peers.worker import PATIENCE_S, PeerFailed, Worker
 
-MEASURES = ("vision", "prefill", "decode", "ttft", "second-turn", "cold")
+MEASURES = ("vision", "prefill", "decode", "ttft", "second-turn", "cold", "ttft-full")
 PREFILL_TOKENS = (256, 1024)
 DECODE_CONTEXTS = (300, 1024)
 DECODE_STEPS = 16
@@ -65,7 +65,7 @@ class Figures:
 class Asked(Protocol):
     """What rounds need of a worker."""
 
-    def ask(self, request: Mapping[str, Any], timeout_s: float = 600.0) -> dict[str, Any]:
+    def ask(self, request: Mapping[str, Any], timeout_s: float = PATIENCE_S) -> dict[str, Any]:
         """Sends a request and waits for the reply."""
 
     def close(self) -> None:
@@ -80,33 +80,34 @@ def steps_for(case: Case, measures: Iterable[str], rounds: int) -> list[Step]:
         measures: Some of MEASURES.
         rounds: How often each is taken.
     """
-    tilings = sorted(int(tiles) for tiles in case.prompts)
-    long = min(rounds, LONG_ROUNDS)
-    steps: list[Step] = []
-    wanted = set(measures)
-    if "vision" in wanted:
-        steps.append(Step("vision, ms a tile", {"do": "encode"}, rounds))
-    if "prefill" in wanted:
-        for count in PREFILL_TOKENS:
-            request = {"do": "prefill", "tokens": count}
-            steps.append(Step(f"prefill {count}, tok/s", request, rounds))
-    if "decode" in wanted:
-        for context in DECODE_CONTEXTS:
-            request = {"do": "decode", "context": context, "steps": DECODE_STEPS}
-            steps.append(Step(f"decode at {context}, tok/s", request, rounds))
-    if "ttft" in wanted:
-        for tiles in tilings:
-            name = f"TTFT, {tiles} tile{'s' if tiles > 1 else ''}, ms"
-            request = {"do": "answer", "tiles": tiles}
-            steps.append(
-                Step(name, request, rounds) if tiles == 1 else Step(name, request, long, warm_up=0)
+    most = max(int(tiles) for tiles in case.prompts)
+    full = Step(
+        f"TTFT, {most} tiles, ms",
+        {"do": "answer", "tiles": most},
+        min(rounds, LONG_ROUNDS),
+        warm_up=0,
+    )
+    steps = {
+        "vision": [Step("vision, ms a tile", {"do": "encode"}, rounds)],
+        "prefill": [
+            Step(f"prefill {count}, tok/s", {"do": "prefill", "tokens": count}, rounds)
+            for count in PREFILL_TOKENS
+        ],
+        "decode": [
+            Step(
+                f"decode at {context}, tok/s",
+                {"do": "decode", "context": context, "steps": DECODE_STEPS},
+                rounds,
             )
-    if "second-turn" in wanted:
-        request = {"do": "second", "tiles": tilings[0]}
-        steps.append(Step("second turn, TTFT ms", request, rounds))
-    if "cold" in wanted:
-        steps.append(Step("cold start, ms", None, rounds))
-    return steps
+            for context in DECODE_CONTEXTS
+        ],
+        "ttft": [Step("TTFT, 1 tile, ms", {"do": "answer", "tiles": 1}, rounds)],
+        "second-turn": [Step("second turn, TTFT ms", {"do": "second", "tiles": 1}, rounds)],
+        "cold": [Step("cold start, ms", None, rounds)],
+        "ttft-full": [full] if most > 1 else [],
+    }
+    wanted = set(measures)
+    return [step for name in MEASURES if name in wanted for step in steps[name]]
 
 
 def run_all(
@@ -160,7 +161,7 @@ def _take(
     cores = figures.cores.setdefault(step.name, {row: [] for row in by_row})
     print(step.name, end="", file=sys.stderr, flush=True)
     for number in range(step.warm_up + step.rounds):
-        order = list(by_row) if number % 2 == 0 else list(reversed(by_row))
+        order = list(by_row) if number % 2 == 0 else list(by_row)[::-1]
         for row in order:
             reply: dict[str, Any] | None = None
             if row in workers:

@@ -68,9 +68,9 @@ def prefill_flop(text: dict[str, Any], tokens: int) -> int:
     return int(2 * tokens * layers + attention + 2 * head)
 
 
-def decode_bytes(text: dict[str, Any], context: int) -> float:
+def decode_bytes(text: dict[str, Any], context: int) -> int:
     """What a decoded token reads: every weight once, and the keys and values before it."""
     layers, head = decoder_weights(text)
     size = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     cache = 2 * text["num_hidden_layers"] * text["num_key_value_heads"] * size * context
-    return (layers + head) * BYTES_PER_WEIGHT + cache * CACHE_BYTES
+    return int((layers + head) * BYTES_PER_WEIGHT + cache * CACHE_BYTES)

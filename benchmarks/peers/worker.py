@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 Reply = dict[str, Any]
+PATIENCE_S = 1800.0
+"""How long a worker may take for one request, on a busy machine too."""
 
 
 class PeerFailed(Exception):
@@ -41,7 +43,7 @@ class Worker:
             )
         self._unread = b""
 
-    def ask(self, request: Mapping[str, Any], timeout_s: float = 600.0) -> Reply:
+    def ask(self, request: Mapping[str, Any], timeout_s: float = PATIENCE_S) -> Reply:
         """Continues the worker, sends a request, waits for the reply and stops the worker.
 
         Raises:
