@@ -221,6 +221,8 @@ def test_what_targets_tell_is_read_as_it_stands(path: Path) -> None:
         "inputs": [tensor],
         "outputs": [],
         "states": [tensor],
+        "graph": "graphs/one.onnx",
+        "positions": 3,
     }
     fallback = {"operator": "a.b", "source": "export/x.py:3", "count": 2, "reason": "none"}
     told: Json = {

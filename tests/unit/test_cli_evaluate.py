@@ -19,9 +19,9 @@ SLOW = """
 import sys, time
 from lorgnette.runtime.engines.onnx import OnnxEngine
 encode = OnnxEngine.encode
-def slow(self, tiles):
+def slow(self, tiles, **how):
     sys.stderr.write("tile\\n"); sys.stderr.flush(); time.sleep(0.1)
-    return encode(self, tiles)
+    return encode(self, tiles, **how)
 OnnxEngine.encode = slow
 """
 """Makes every picture take its time and tell of itself on stderr."""

@@ -87,7 +87,7 @@ def test_both_kinds_are_readable_lines_without_json() -> None:
     code, out, err = process("inspect", bundle())
     assert (code, err) == (0, b"")
     text = out.decode()
-    for word in ("format 2.2", "onnx-cpu", "int4", "vision_encoder", "KV cache", "weights.bin"):
+    for word in ("format 2.3", "onnx-cpu", "int4", "vision_encoder", "KV cache", "weights.bin"):
         assert word in text
     result = call("inspect", ZOO)
     assert result.exit_code == 0

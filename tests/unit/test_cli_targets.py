@@ -146,7 +146,7 @@ def test_two_targets_give_a_bundle_each_and_one_document(
     for path, name in zip(bundles, BOTH, strict=True):
         manifest = json.loads((path / "manifest.json").read_text())
         assert manifest["recipe"]["target"] == name
-        assert manifest["format"] == {"major": 2, "minor": 2}
+        assert manifest["format"] == {"major": FORMAT_MAJOR, "minor": FORMAT_MINOR}
     # Both are made from the same golden data.
     goldens = [(path / "golden" / "golden.safetensors").read_bytes() for path in bundles]
     assert goldens[0] == goldens[1]
