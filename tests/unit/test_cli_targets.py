@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from lorgnette.manifest import Bounds, Fallback
+from lorgnette.manifest import FORMAT_MAJOR, FORMAT_MINOR, Bounds, Fallback
 from lorgnette.quantize.plan import PLANS
 from lorgnette.targets import all_targets
 from lorgnette.targets.target import LoweredComponent
