@@ -25,6 +25,10 @@ COMMANDS = {
 """Names of commands, each also the file beside this one that holds it, and what it is there."""
 
 
+ABORTS_AT_EXIT = "coreai.runtime"
+"""What now and then aborts when the interpreter takes it down: its process is left at once."""
+
+
 class Commands(click.Group):
     """The commands, each imported when it is asked for: a run's first word waits for no other."""
 
@@ -63,6 +67,12 @@ def main() -> None:
         cli(prog_name="lorgnette")
     except KeyboardInterrupt:  # before or after a command, which handle it themselves
         sys.exit(EXIT_INTERRUPTED)
+    except SystemExit as end:
+        if ABORTS_AT_EXIT in sys.modules and isinstance(end.code, int):
+            _give_up_stdout_if_broken()
+            sys.stderr.flush()
+            os._exit(end.code)
+        raise
     finally:
         _give_up_stdout_if_broken()
 

@@ -194,3 +194,19 @@ def test_versions_compare_as_packaging_does(version: str, wanted: list[tuple[str
 def test_prefixes_compare_as_packaging_does(version: str, other: str, operator: str) -> None:
     specifier = f"{operator}{other}.*"
     assert doctor.fits(version, specifier) == SpecifierSet(specifier).contains(version)
+
+
+@pytest.mark.parametrize(("command", "code"), [(["list", "families"], 0), (["lists"], 2)])
+def test_a_library_that_aborts_at_exit_does_not_change_the_exit_code(
+    command: list[str], code: int
+) -> None:
+    before = """
+import atexit, os, sys, types
+sys.modules["coreai.runtime"] = types.ModuleType("coreai.runtime")
+atexit.register(os.abort)
+"""
+    child = start(command, before=before)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == code
+    assert (b"smolvlm" in out) == (code == 0)
+    assert (b"lists" in err) == (code == 2)
