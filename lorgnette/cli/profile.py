@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SHOWN_GROUPS = 6
 """Groups of operators of an entry point that are printed; JSON has every node."""
-MEASURING = ("threads", "sweep", "runs", "seconds", "image", "no_cold", "device")
+MEASURING = ("threads", "sweep", "keep_threads", "runs", "seconds", "image", "no_cold", "device")
 """Options that say nothing to --compare."""
 
 
@@ -38,6 +38,11 @@ MEASURING = ("threads", "sweep", "runs", "seconds", "image", "no_cold", "device"
     "--sweep",
     metavar="N,N,...",
     help="Numbers of threads to try besides; none for none.  [1, 2, 4, ... every core]",
+)
+@click.option(
+    "--keep-threads",
+    is_flag=True,
+    help="Keep the fastest number of threads for later openings of BUNDLE on this machine.",
 )
 @click.option("--runs", type=int, default=10, show_default=True, help="Most runs of a figure.")
 @click.option(
@@ -57,6 +62,7 @@ def profile(
     compare: tuple[Path, Path] | None,
     threads: int | None,
     sweep: str | None,
+    keep_threads: bool,
     runs: int,
     seconds: float,
     image: Path | None,
@@ -82,12 +88,19 @@ def profile(
     from lorgnette.runtime.profile.measure import Asked
 
     counts = _counts(sweep)
+    if keep_threads and counts == ():
+        raise click.UsageError("--keep-threads wants a --sweep to choose from")
     asked = Asked(threads, counts, runs, seconds, image, cold=not no_cold)
-    _measure(bundle, asked, out, html, as_json)
+    _measure(bundle, asked, out, html, as_json, keep_threads)
 
 
 def _measure(
-    bundle: Path, asked: Asked, out: Path | None, html: Path | None, as_json: bool
+    bundle: Path,
+    asked: Asked,
+    out: Path | None,
+    html: Path | None,
+    as_json: bool,
+    keep: bool,
 ) -> None:
     from lorgnette.runtime.profile.document import encode_profile
     from lorgnette.runtime.profile.measure import measure
@@ -106,6 +119,27 @@ def _measure(
         print_json(msgspec.to_builtins(found))
     else:
         _print(profile_text(found))
+    if keep:
+        _keep_threads(bundle, found)
+
+
+def _keep_threads(path: Path, found: Profile) -> None:
+    """Keeps the fastest number of threads, and tells it on stderr."""
+    from lorgnette.bundle import open_bundle
+    from lorgnette.runtime.profile.measure import fastest
+    from lorgnette.runtime.threads import keep_threads
+
+    count = fastest(found.sweep)
+    if count is None:
+        reason = found.settings.sweep_left_out or "no number of threads could be measured"
+        raise LorgnetteError("no number of threads to keep", where=path, got=reason)
+    try:
+        kept = keep_threads(open_bundle(path), count)
+    except OSError as error:
+        raise LorgnetteError(
+            "cannot keep the number of threads", where=error.filename, got=error.strerror
+        ) from error
+    click.echo(f"{count} thread{'s' if count > 1 else ''} from now on, kept in {kept}", err=True)
 
 
 def _compare(paths: tuple[Path, Path], out: Path | None, html: Path | None, as_json: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from lorgnette.runtime.generation import Generation, Request, as_tuple
 from lorgnette.runtime.interface import check_interface
 from lorgnette.runtime.pictures import PictureCache, PictureSource
 from lorgnette.runtime.sampler import SamplingParams
+from lorgnette.runtime.threads import kept_threads, usable_cores
 from lorgnette.runtime.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer/tokenizer.json"
@@ -47,7 +47,8 @@ class Model:
 
         Args:
             bundle: The bundle.
-            threads: Threads of the engine; None takes every core this process may use.
+            threads: Threads of the engine; None takes what `lorgnette profile --keep-threads` found
+                fastest here, or else every core this process may use.
             keep_vision: Keeps the vision encoder in memory between pictures. Without, each
                 question with new pictures loads it again.
             wait: Returns only when every graph is loaded. Without, the files are checked, and what
@@ -68,7 +69,7 @@ class Model:
             digests = pool.submit(bundle.check_digests)
             try:
                 self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER))
-                self.engine = open_engine(bundle, threads or usable_cores())
+                self.engine = open_engine(bundle, threads or kept_threads(bundle) or usable_cores())
                 if wait:
                     self.engine.wait()
             finally:
@@ -146,7 +147,7 @@ def open_model(
 
     Args:
         path: A `.lorg` directory.
-        threads: Threads of the engine; None takes every core this process may use.
+        threads: Threads of the engine; None takes the number that was kept: see `Model`.
         keep_vision: Keeps the vision encoder in memory between pictures: see `Model`.
         wait: Returns only when every graph is loaded: see `Model`.
 
@@ -155,13 +156,6 @@ def open_model(
         RequestError: `threads` is not positive.
     """
     return Model(open_bundle(path), threads, keep_vision=keep_vision, wait=wait)
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _check_tokenizer(tokenizer: Tokenizer, bundle: Bundle) -> None:

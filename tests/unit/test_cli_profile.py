@@ -120,6 +120,28 @@ def test_json_is_the_document_and_nothing_else(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_the_fastest_number_of_threads_is_kept(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorgnette.bundle import open_bundle
+    from lorgnette.runtime import threads
+    from lorgnette.runtime.profile import measure
+
+    monkeypatch.setattr(threads, "_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(measure, "measure", lambda *_: made.profile)
+    path = bundle("fp32")
+    result = call("profile", path, "--keep-threads", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["sweep"].keys() == {"1"}
+    assert result.stderr == f"1 thread from now on, kept in {tmp_path / 'cache' / 'threads.json'}\n"
+    assert threads.kept_threads(open_bundle(path)) == 1
+    (tmp_path / "cache" / "threads.json").unlink()
+    (tmp_path / "cache").rmdir()
+    (tmp_path / "cache").write_text("in the way")
+    line = one_line(call("profile", path, "--keep-threads"))
+    assert "cannot keep the number of threads" in line
+
+
 def test_comparing_equal_documents_finds_nothing(made: Made) -> None:
     result = call("profile", "--compare", made.out, made.out)
     assert result.exit_code == 0
@@ -236,6 +258,8 @@ def test_no_bundle_is_refused(tmp_path: Path) -> None:
         (("a.lorg", "--compare", "a", "b"), "no BUNDLE"),
         (("--compare", "a", "b", "--runs", 10), "no --runs"),
         (("--compare", "a", "b", "--no-cold"), "no --no-cold"),
+        (("--compare", "a", "b", "--keep-threads"), "no --keep-threads"),
+        (("a.lorg", "--keep-threads", "--sweep", "none"), "--keep-threads wants a --sweep"),
         (("a.lorg", "--sweep", "two"), "--sweep wants numbers"),
         (("a.lorg", "--sweep", ""), "--sweep wants numbers"),
         (("a.lorg", "--device", "moon"), "'host'"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -15,7 +15,6 @@ from lorgnette.bundle import MANIFEST, Bundle, open_bundle
 from lorgnette.errors import LorgnetteError, RequestError
 from lorgnette.runtime.engines import check_engine
 from lorgnette.runtime.interface import check_interface
-from lorgnette.runtime.model import usable_cores
 from lorgnette.runtime.profile.bench import Bench, Tell, say_nothing
 from lorgnette.runtime.profile.document import (
     MAJOR,
@@ -39,9 +38,12 @@ from lorgnette.runtime.profile.picture import DRAWN, FreshPictures
 from lorgnette.runtime.profile.request import Job
 from lorgnette.runtime.profile.start import measure_starts
 from lorgnette.runtime.profile.stats import unknown
+from lorgnette.runtime.threads import usable_cores
 
 OWN_THREADS = {"coreai": "how many threads the engine computes with cannot be said"}
 """Engines that do not listen to a number of threads."""
+ANSWER_TOKENS = 64
+"""Tokens of the answer that a number of threads is chosen for."""
 RUNS = 10
 SECONDS = 10.0
 Reply = TypeVar("Reply")
@@ -231,3 +233,17 @@ def _or_reason(job: Job, type_: type[Reply], otherwise: Callable[[str], Reply]) 
         return run_job(job, type_)[0]
     except LorgnetteError as error:
         return otherwise(str(error))
+
+
+def fastest(sweep: Mapping[str, Threads]) -> int | None:
+    """The number of threads that gives a short answer soonest, None where none was measured.
+
+    An answer of `ANSWER_TOKENS` about one tile: first token and decoding together.
+    """
+    times = {
+        int(count): figures.ttft_tile_ms.median
+        + 1e3 * ANSWER_TOKENS / figures.decode_256_tokens_per_s.median
+        for count, figures in sweep.items()
+        if figures.ttft_tile_ms.median and figures.decode_256_tokens_per_s.median
+    }
+    return min(times, key=lambda count: (times[count], count)) if times else None
