@@ -143,7 +143,8 @@ def _logged(
             done = subprocess.run(
                 step,
                 cwd=ROOT,
-                env=os.environ | dict(environment),
+                # Lines in the order in which they were written: the last one is told of a failure.
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(environment),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
