@@ -281,6 +281,9 @@ def _session(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # fatal ones only: errors arrive as exceptions
+    if name in (VISION, PREFILL):
+        # Idle threads of theirs would go on spinning beside those of the decoder.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     # A plan of memory for shapes seen before would lie beside what the first run took.
     options.enable_mem_pattern = False
     # Exports write what is to run. More would take longer to load and join layer normalisations
