@@ -106,7 +106,7 @@ def layer(folder: Path, threads: int) -> dict[str, Callable[[int], Run]]:
         with WeightFile(place / "graphs" / "weights.bin") as file:
             for name in made:
                 builder = GraphBuilder(component, rounded, file, many_positions=name == "many")
-                graph, _ = OnnxLowering(place, file)._write(builder, trace(component), name)
+                graph, _ = OnnxLowering(place, file).write(builder, trace(component), name)
                 made[name].append((_runner(place / graph, threads), columns))
 
     def run_all(name: str, count: int) -> Run:

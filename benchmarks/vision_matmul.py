@@ -52,6 +52,7 @@ SCHEMES: dict[str, QuantScheme] = {
     "int8g32, rounded by group": QuantScheme(bits=8, group_size=32, activations="int8_group"),
     "int4g32, rounded by group": QuantScheme(bits=4, group_size=32, activations="int8_group"),
     "int8c, rounded by token": QuantScheme(bits=8, activations="int8_token"),
+    "int8cn, rounded by token": QuantScheme(bits=8, activations="int8_token", narrow=True),
     "int8c, static": QuantScheme(bits=8, activations="int8_static"),
     "int4c, rounded by token": QuantScheme(bits=4, activations="int8_token"),
     "int4g32b15, rounded by token": QuantScheme(

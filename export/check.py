@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -211,22 +212,29 @@ def make_goldens(
                 progress("reference, rounded activations")
                 seen, said = _treated(rounded, each, parts, tiles.pixels, (ids, forced))
                 lost[each] = (_worst(seen, rounded_tokens), _worst(said, rounded_logits))
-    goldens = []
-    for each in treatments:
-        text = GoldenText(
-            question=question,
-            tiles_sha256=tiles_digest(tiles),
-            rows=tiles.rows,
-            cols=tiles.cols,
-            prompt_ids=tuple(ids),
-            original_greedy_ids=tuple(greedy),
-            rounding_image_tokens=relative_error(rounded_tokens, image_tokens),
-            rounding_logits=relative_error(rounded_logits, logits),
-            rounding_activations=lost[each][1],
-            rounding_activations_image_tokens=lost[each][0],
-        )
-        goldens.append(Golden(text, picture, rounded_tokens, rounded_logits))
-    return goldens
+    text = GoldenText(
+        question=question,
+        tiles_sha256=tiles_digest(tiles),
+        rows=tiles.rows,
+        cols=tiles.cols,
+        prompt_ids=tuple(ids),
+        original_greedy_ids=tuple(greedy),
+        rounding_image_tokens=relative_error(rounded_tokens, image_tokens),
+        rounding_logits=relative_error(rounded_logits, logits),
+        rounding_activations=0.0,
+        rounding_activations_image_tokens=0.0,
+    )
+    return [
+        Golden(_with_losses(text, lost[each]), picture, rounded_tokens, rounded_logits)
+        for each in treatments
+    ]
+
+
+def _with_losses(text: GoldenText, lost: tuple[float, float]) -> GoldenText:
+    """What treating activations cost image tokens and logits."""
+    return msgspec.structs.replace(
+        text, rounding_activations_image_tokens=lost[0], rounding_activations=lost[1]
+    )
 
 
 def _treated(

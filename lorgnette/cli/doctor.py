@@ -20,6 +20,7 @@ import lorgnette
 from lorgnette.cli.output import Command, print_json, printable, size, table
 from lorgnette.errors import EXIT_CHECK_FAILED
 from lorgnette.runtime.profile.machine import cpu_features, memory
+from lorgnette.runtime.threads import usable_cores
 
 TELEMETRY = "ORT_DISABLE_TELEMETRY"
 
@@ -56,7 +57,7 @@ def examine() -> dict[str, Any]:
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cpu_features": cpu_features(),
-        "usable_cores": _usable_cores(),
+        "usable_cores": usable_cores(),
         "memory_bytes": memory(),
         "free_disk_bytes": shutil.disk_usage(".").free,
         "telemetry": {TELEMETRY: telemetry},
@@ -162,12 +163,6 @@ def examine_engine() -> dict[str, Any]:
             "onnxruntime has no CPU provider: pip install --force-reinstall onnxruntime"
         )
     return {**found, "version": onnxruntime.__version__}
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _print(document: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from lorgnette.recipe import PlanText, Recipe
 
 if TYPE_CHECKING:
     from lorgnette.bundle import Bundle
+    from lorgnette.export.pipeline import Exported
     from lorgnette.runtime.golden import GoldenText
     from lorgnette.runtime.verify import Ladder
 
@@ -128,7 +129,6 @@ def export(
     require_extra("export")
     from lorgnette.export.pipeline import export_all as run_export
     from lorgnette.export.sample_set import Pictures
-    from lorgnette.runtime.golden import read_golden
 
     name = checkpoint.resolve().name.removesuffix(".gguf")
     outs = name_bundles(recipe.target, out or Path(f"{name}-{recipe.quant}.lorg"))
@@ -144,11 +144,18 @@ def export(
             progress=progress,
         )
     seconds = time.perf_counter() - started
+    _tell(made, list(outs), seconds, as_json)
+
+
+def _tell(made: Exported, targets: list[str], seconds: float, as_json: bool) -> None:
+    """Prints what was made, and of several targets how far they are from each other."""
+    from lorgnette.runtime.golden import read_golden
+
     documents = [
         _document(bundle, ladder, read_golden(bundle).text, seconds)
         for bundle, ladder in zip(made.bundles, made.ladders, strict=True)
     ]
-    if len(outs) == 1:
+    if len(targets) == 1:
         parity: dict[str, Any] = {}
     else:
         parity = {"bundles": documents, **parity_document(made.comparison)}
@@ -158,7 +165,7 @@ def export(
     for document, bundle, ladder in zip(documents, made.bundles, made.ladders, strict=True):
         _print_summary(document, bundle, ladder)
     if parity:
-        rows = parity_lines(list(outs), made.ladders, made.comparison)
+        rows = parity_lines(targets, made.ladders, made.comparison)
         click.echo(printable("\n".join(rows)))
 
 

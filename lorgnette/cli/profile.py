@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ import click
 
 from lorgnette.cli.output import Command, print_json, printable, require_extra, steps, table
 from lorgnette.errors import LorgnetteError
+from lorgnette.files import write_whole
 
 if TYPE_CHECKING:
     from lorgnette.runtime.profile.compare import Comparison
@@ -108,11 +108,11 @@ def _measure(
     with steps() as tell:
         found = measure(bundle, asked, tell)
     if out is not None:
-        write_whole(out, encode_profile(found))
+        _write(out, encode_profile(found))
     if html is not None:
         from lorgnette.report.profile_html import render_profile
 
-        write_whole(html, render_profile(found))
+        _write(html, render_profile(found))
     if as_json:
         import msgspec
 
@@ -150,11 +150,11 @@ def _compare(paths: tuple[Path, Path], out: Path | None, html: Path | None, as_j
 
     found = compare(read_profile(paths[0]), read_profile(paths[1]))
     if out is not None:
-        write_whole(out, msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
+        _write(out, msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
     if html is not None:
         from lorgnette.report.profile_html import render_comparison
 
-        write_whole(html, render_comparison(found))
+        _write(html, render_comparison(found))
     if as_json:
         print_json(msgspec.to_builtins(found))
     else:
@@ -191,29 +191,14 @@ def comparison_text(found: Comparison) -> list[str]:
     return [*told, "", *table([lines.COMPARED, *lines.comparison_rows(found)], indent="")]
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file that appears with its whole content or not at all.
+def _write(path: Path, data: bytes) -> None:
+    """Writes a file.
 
     Raises:
         LorgnetteError: The system refuses.
     """
-    final = path.resolve()
     try:
-        with tempfile.NamedTemporaryFile(
-            dir=final.parent, prefix=f".{final.name}.partial-", delete=False
-        ) as file:
-            partial = Path(file.name)
-            try:
-                file.write(data)
-                file.flush()
-                # As any new file's, where the temporary one is for its owner alone.
-                umask = os.umask(0)
-                os.umask(umask)
-                partial.chmod(0o666 & ~umask)
-                partial.replace(final)
-            except BaseException:
-                partial.unlink(missing_ok=True)
-                raise
+        write_whole(path, data)
     except OSError as error:
         raise _unwritable(path, error.strerror or error) from error
 

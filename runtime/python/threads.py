@@ -6,12 +6,15 @@ import hashlib
 import os
 import platform
 import sys
-import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from lorgnette.bundle import Bundle
+from lorgnette.files import write_whole
+
+if TYPE_CHECKING:
+    from lorgnette.bundle import Bundle
 
 FILE = "threads.json"
 MOST_BYTES = 1 << 20
@@ -48,15 +51,7 @@ def keep_threads(bundle: Bundle, threads: int) -> Path:
     newest = dict(list(kept.items())[-MOST_KEPT:])
     path = _folder() / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{FILE}.", delete=False) as file:
-        partial = Path(file.name)
-        try:
-            file.write(msgspec.json.encode(newest))
-            file.flush()
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    write_whole(path, msgspec.json.encode(newest))
     return path
 
 

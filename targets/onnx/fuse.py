@@ -19,7 +19,7 @@ def fuse_skip_norms(model: ir.Model) -> int:
 
     Done only where both operands of the addition are computed values of one shape and no weight:
     the fused operator does not repeat them. Layer normalisation with a mean stays apart from its
-    addition: onnxruntime's fused operator takes five times as long as the two on a CPU
+    addition: onnxruntime's fused operator takes several times as long as the two on a CPU
     (`python -m benchmarks.operators`).
 
     Returns:

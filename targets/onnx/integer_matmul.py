@@ -48,22 +48,45 @@ def integer_matmul(
     """
     scheme = builder.scheme(weight)
     _check(builder, weight, scheme)
+    if scheme.activations == "int8_token":
+        return by_position(builder, node, known, expanded(builder, weight, scheme))
     x = cast("torch.fx.Node", node.args[0])
-    biased = len(node.args) > 2 and node.args[2] is not None
-    bias = graph_value(builder, known, node.args[2]) if biased else None
-    if scheme.activations == "int8_static":
-        rounded, scale, middle = _round_statically(builder, weight, x, known)
-        codes, weight_scale, zero = expanded(builder, weight, scheme)
-        inputs = [rounded, codes, scale, weight_scale, middle, zero, *([bias] if bias else [])]
-        return builder.node("MatMulIntegerToFloat", inputs, domain=CONTRIB)[0]
-    rounded, scale = round_positions(builder, x, known)
+    bias = _bias(builder, node, known)
+    rounded, scale, middle = _round_statically(builder, weight, x, known)
     codes, weight_scale, zero = expanded(builder, weight, scheme)
+    inputs = [rounded, codes, scale, weight_scale, middle, zero, *([bias] if bias else [])]
+    return builder.node("MatMulIntegerToFloat", inputs, domain=CONTRIB)[0]
+
+
+def by_position(
+    builder: GraphBuilder,
+    node: torch.fx.Node,
+    known: Known,
+    weight: tuple[ir.Value, ir.Value, ir.Value],
+) -> ir.Value:
+    """`x @ weight.T + bias`, x rounded by position: see `integer_matmul`.
+
+    Args:
+        builder: The graph.
+        node: The multiplication.
+        known: What is computed already.
+        weight: Codes `[columns, rows]`, scales float32 `[rows]`, and the code that means zero.
+    """
+    bias = _bias(builder, node, known)
+    rounded, scale = _round_positions(builder, cast("torch.fx.Node", node.args[0]), known)
+    codes, weight_scale, zero = weight
     middle = builder.constant(np.array(MIDDLE, np.uint8))
     one = builder.constant(np.array(1, np.float32))
     inputs = [rounded, codes, one, weight_scale, middle, zero]
     (product,) = builder.node("MatMulIntegerToFloat", inputs, domain=CONTRIB)
     (out,) = builder.node("Mul", [product, scale])
     return builder.node("Add", [out, bias])[0] if bias else out
+
+
+def _bias(builder: GraphBuilder, node: torch.fx.Node, known: Known) -> ir.Value | None:
+    """What is added to a product, where anything is."""
+    biased = len(node.args) > 2 and node.args[2] is not None
+    return graph_value(builder, known, node.args[2]) if biased else None
 
 
 def _check(builder: GraphBuilder, weight: str, scheme: QuantScheme) -> None:
@@ -150,7 +173,7 @@ def _round_statically(
     return codes, scale, zero
 
 
-def round_positions(
+def _round_positions(
     builder: GraphBuilder, x: torch.fx.Node, known: Known
 ) -> tuple[ir.Value, ir.Value]:
     """Codes of `x`, in its shape, and the scale of each position; made once for all who ask."""

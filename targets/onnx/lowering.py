@@ -83,7 +83,7 @@ class OnnxLowering:
 
         stored = with_cache_bits(component, source.cache_bits)
         builder = GraphBuilder(stored, source, self._weights)
-        graph, operators = self._write(builder, program, component.name)
+        graph, operators = self.write(builder, program, component.name)
         lowered = LoweredComponent(
             graph=graph,
             operators=operators,
@@ -94,7 +94,7 @@ class OnnxLowering:
         if "prefill" not in component.entry_points or not any(map(is_recoded, schemes)):
             return lowered
         many = GraphBuilder(stored, source, self._weights, many_positions=True)
-        graph, _ = self._write(many, program, "prefill")
+        graph, _ = self.write(many, program, "prefill")
         prefill = FunctionEntry(
             name="prefill",
             entry_point="prefill",
@@ -105,7 +105,7 @@ class OnnxLowering:
         )
         return msgspec.structs.replace(lowered, functions=(prefill,))
 
-    def _write(
+    def write(
         self, builder: GraphBuilder, program: ExportedProgram, name: str
     ) -> tuple[str, dict[str, int]]:
         """Builds and writes a graph; gives its file, and how often each operator is in it."""

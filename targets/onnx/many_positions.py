@@ -9,14 +9,10 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from lorgnette.quantize.scheme import QuantScheme
-from lorgnette.targets.onnx.arguments import Known, graph_value, traced_shape
+from lorgnette.quantize.scheme import NARROW, QuantScheme
+from lorgnette.targets.onnx.arguments import Known, traced_shape
 from lorgnette.targets.onnx.graph import CONTRIB, GraphBuilder
-from lorgnette.targets.onnx.integer_matmul import LEAST_SCALE, MIDDLE, round_positions
-
-MOST = 64
-"""Codes by row lie that far around zero: two products with bytes then fit 16 bits, in which
-kernels for processors without dot-product instructions add them."""
+from lorgnette.targets.onnx.integer_matmul import LEAST_SCALE, by_position
 
 
 def is_recoded(scheme: QuantScheme) -> bool:
@@ -41,33 +37,22 @@ def recoded_matmul(
 ) -> ir.Value:
     """`x @ weight.T + bias` on integer kernels, from the codes that few positions use too.
 
-    Kernels of codes in groups take about twice as long for each position, those of a scale a row
-    want other codes. They are made whenever the graph runs: for row n, with the scales s of its
-    groups, `step = max|s| * 8 / 64` and `new = round(code * s / step)`, so that `new` lies within
-    64 around zero and its rounding moves a weight by less than 1/16 of the row's largest step.
+    Kernels of codes in groups take longer for each position (`python -m benchmarks.operators`),
+    those of a scale a row want other codes. They are made whenever the graph runs: for each row,
+    with the scales s of its groups, `step = max|s| * 8 / 64` and `new = round(code * s / step)`, so
+    that `new` is narrow, within 64 around zero, and its rounding moves a weight by at most 1/16 of
+    the row's largest scale.
     Inputs are rounded by position: see `integer_matmul`.
 
     Source: onnxruntime's operator documentation (GatherBlockQuantized, MatMulIntegerToFloat).
     """
+    rows = int(node.meta["val"].shape[-1])
+    return by_position(builder, node, known, _recoded(builder, weight, rows))
+
+
+def _recoded(builder: GraphBuilder, weight: str, rows: int) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Codes by row, int8 `[columns, rows]`, the step of each, float32 `[rows]`, and zero's code."""
     scheme = builder.scheme(weight)
-    x = cast("torch.fx.Node", node.args[0])
-    rounded, scale = round_positions(builder, x, known)
-    codes, steps = _recoded(builder, weight, scheme, int(node.meta["val"].shape[-1]))
-    one = builder.constant(np.array(1, np.float32))
-    middle = builder.constant(np.array(MIDDLE, np.uint8))
-    zero = builder.constant(np.array(0, np.int8))
-    inputs = [rounded, codes, one, steps, middle, zero]
-    (product,) = builder.node("MatMulIntegerToFloat", inputs, domain=CONTRIB)
-    (out,) = builder.node("Mul", [product, scale])
-    if len(node.args) > 2 and node.args[2] is not None:
-        (out,) = builder.node("Add", [out, graph_value(builder, known, node.args[2])])
-    return out
-
-
-def _recoded(
-    builder: GraphBuilder, weight: str, scheme: QuantScheme, rows: int
-) -> tuple[ir.Value, ir.Value]:
-    """Codes by row, int8 `[columns, rows]`, and the step of each row, float32 `[rows]`."""
     node = partial(builder.node, of_weights=True)
     codes, scales = builder.integer_weight(
         weight, scheme, lambda count, groups, group_bytes: (count, groups * group_bytes)
@@ -75,7 +60,7 @@ def _recoded(
     (sizes,) = node("Abs", [scales])
     last = builder.constant(np.array([-1], np.int64))
     (largest,) = node("ReduceMax", [sizes, last])
-    per_step = np.float32((1 << (scheme.bits - 1)) / MOST)
+    per_step = np.float32(scheme.middle / NARROW)
     (steps,) = node("Mul", [largest, builder.constant(np.array(per_step))])
     (steps,) = node("Max", [steps, builder.constant(np.array(LEAST_SCALE, np.float32))])
     (ratios,) = node("Div", [scales, steps])
@@ -96,7 +81,7 @@ def _recoded(
     (recoded,) = node("QuantizeLinear", [exact, one, zero])
     (turned,) = node("Transpose", [recoded], {"perm": [1, 0]})
     (flat,) = node("Reshape", [steps, last])
-    return turned, flat
+    return turned, flat, zero
 
 
 def _every_row(builder: GraphBuilder, rows: int) -> ir.Value:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from lorgnette.runtime.chat import Chat
 from lorgnette.runtime.engines.engine import WholeEngine
+from lorgnette.runtime.engines.onnx import OnnxDecoderState
 from lorgnette.runtime.model import Model, open_model
 from lorgnette.runtime.prompt import Message, encode_prompt
 
@@ -183,3 +184,21 @@ def prompt_ids(model: Model, *messages: Message) -> list[int]:
 def user(text: str) -> Message:
     """A message without pictures."""
     return Message("user", (text,))
+
+
+def state_of(model: Model) -> OnnxDecoderState:
+    """An empty KV cache of onnxruntime's."""
+    state = model.engine.new_state()
+    assert isinstance(state, OnnxDecoderState)
+    return state
+
+
+def some_ids(model: Model, count: int, seed: int = 0) -> np.ndarray:
+    """Tokens at random, none of the first three, which mean something."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(3, model.manifest.spec.text.vocab_size, count)
+
+
+def run(model: Model, state: OnnxDecoderState, ids: np.ndarray, past: int) -> Float:
+    """Logits behind `ids`, of which there are `past` in front."""
+    return state.run(model.engine.embed(ids), past).copy()

@@ -19,28 +19,21 @@ from lorgnette.bundle import open_bundle
 from lorgnette.errors import BundleError
 from lorgnette.runtime.engines import onnx as engine_module
 from lorgnette.runtime.engines import open_engine
-from lorgnette.runtime.engines.engine import Float
-from lorgnette.runtime.engines.onnx import OnnxDecoderState, OnnxEngine
+from lorgnette.runtime.engines.onnx import OnnxEngine
 from lorgnette.runtime.model import Model, open_model
-from tests.runtime.support import Json, copy_bundle, edit_manifest, picture, redigest
+from tests.runtime.support import (
+    Json,
+    copy_bundle,
+    edit_manifest,
+    picture,
+    redigest,
+    run,
+    some_ids,
+    state_of,
+)
 
 ROOT = Path(__file__).parents[2]
 SENTINEL = np.float32(12345)
-
-
-def state_of(model: Model) -> OnnxDecoderState:
-    state = model.engine.new_state()
-    assert isinstance(state, OnnxDecoderState)
-    return state
-
-
-def some_ids(model: Model, count: int, seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return rng.integers(3, model.manifest.spec.text.vocab_size, count)
-
-
-def run(model: Model, state: OnnxDecoderState, ids: np.ndarray, past: int) -> Float:
-    return state.run(model.engine.embed(ids), past).copy()
 
 
 # The cache

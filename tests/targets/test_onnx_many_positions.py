@@ -15,7 +15,7 @@ from lorgnette.export.component import Component, TensorSpec
 from lorgnette.export.trace import build_module, trace
 from lorgnette.export.weights import WeightSource, module_shapes
 from lorgnette.quantize.plan import QuantPlan, Rule
-from lorgnette.quantize.scheme import QuantScheme
+from lorgnette.quantize.scheme import NARROW, QuantScheme
 from lorgnette.targets.onnx import many_positions
 from lorgnette.targets.onnx.graph import GraphBuilder
 from lorgnette.targets.onnx.lowering import OnnxLowering
@@ -88,14 +88,14 @@ def test_products_are_those_of_recoded_weights(tmp_path: Path, columns: int, bia
     (out / "graphs").mkdir(parents=True)
     with WeightFile(out / "graphs" / "weights.bin") as file:
         builder = GraphBuilder(of, rounded, file, many_positions=True)
-        graph, operators = OnnxLowering(out, file)._write(builder, trace(of), "prefill")
+        graph, operators = OnnxLowering(out, file).write(builder, trace(of), "prefill")
     # The head, which has one position, stays as it was.
     assert operators["com.microsoft::MatMulIntegerToFloat"] == 1
     assert operators["com.microsoft::MatMulNBits"] == 1
     run = session(out / graph)
     made = rounded.codes("body.weight")
     new, steps = recoded(made.codes[:, :columns], made.scales)
-    assert np.abs(new).max() == many_positions.MOST
+    assert np.abs(new).max() == NARROW
     # No weight moves by more than half a step of its row.
     moved = np.abs(new * steps[:, None] - made.dequantize())
     assert (moved <= steps[:, None] * 0.5001).all()
@@ -119,7 +119,7 @@ def test_no_matrix_is_made_while_the_graph_loads(tmp_path: Path) -> None:
     (tmp_path / "graphs").mkdir()
     with WeightFile(tmp_path / "graphs" / "weights.bin") as file:
         builder = GraphBuilder(of, rounded, file, many_positions=True)
-        graph, _ = OnnxLowering(tmp_path, file)._write(builder, trace(of), "prefill")
+        graph, _ = OnnxLowering(tmp_path, file).write(builder, trace(of), "prefill")
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC

@@ -295,7 +295,7 @@ def test_a_file_is_written_whole_or_not_at_all(
     path.write_text("older")
     link = tmp_path / "link.json"
     link.symlink_to(path)
-    command.write_whole(link, b"newer")
+    command._write(link, b"newer")
     assert link.is_symlink()
     assert path.read_bytes() == b"newer"
     assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
@@ -305,7 +305,7 @@ def test_a_file_is_written_whole_or_not_at_all(
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(LorgnetteError, match="No space left"):
-        command.write_whole(path, b"newest")
+        command._write(path, b"newest")
     assert path.read_bytes() == b"newer"
     assert sorted(tmp_path.iterdir()) == [path, link]
 
