@@ -1,48 +1,39 @@
 """Operators of onnxruntime beside others that give the same: the choices of the target onnx-cpu.
 
-    python -m benchmarks.operators [--runs 9] [--threads 1]
+    python -m benchmarks.operators [--runs 9] [--threads 1] [--bundle B.lorg]
 
 Norms: a residual addition and its normalisation, fused and apart, in the shape of SmolVLM-256M's
-vision tower. Positions: the matrices of one decoder layer of SmolVLM-256M, as few positions
-multiply them (codes of 4 bits in groups) and as the prefill graph does (codes by row, made anew in
-each call), for numbers of positions on both sides of where that pays. Times are milliseconds of
-processor time, of all threads together, since that depends least on what else a machine does;
-candidates run in turns and medians are printed.
+vision tower; milliseconds of processor time, of all threads together, since that depends least on
+what else a machine does. Candidates run in turns and medians are printed.
+
+Prompts, of a bundle with a prefill graph: the decoder's two graphs, for numbers of positions on
+both sides of where the second pays; milliseconds elapsed, since threads share its work less evenly.
+They take turns of a few calls, with a rest between, so that neither meets threads of the other that
+spin.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from torch import nn
 
-from lorgnette.export.component import TensorSpec
-from lorgnette.export.trace import build_module, trace
-from lorgnette.export.weights import WeightSource, module_shapes
-from lorgnette.quantize.plan import QuantPlan, Rule
-from lorgnette.quantize.scheme import QuantScheme
-from lorgnette.targets.onnx.graph import GraphBuilder
-from lorgnette.targets.onnx.lowering import OnnxLowering
-from lorgnette.targets.onnx.weight_file import WeightFile
-from tests.quantized import quantized_source
-from tests.small import session, single, tensor_folder, weights_of
+from lorgnette.runtime.engines.onnx import OnnxEngine
+from lorgnette.runtime.model import open_model
+from tests.small import session
 
 PATCHES, WIDTH = 1024, 768
-SHAPES = ((576, 960), (576, 576), (576, 3072), (1536, 576))
-"""Columns and rows of a decoder layer's matrices."""
-POSITIONS = (64, 128, 192, 256, 512, 1024)
-SCHEME = QuantScheme(bits=4, group_size=32, activations="int8_group", scale_bits=16)
+POSITIONS = (64, 128, 192, 256, 320, 384, 512, 1024)
+IN_A_ROW = 3
+SETTLE = 0.3
+"""Seconds until threads of the graph that ran before rest."""
 
-Feeds = Mapping[str, NDArray[np.generic]]
 Run = Callable[[], object]
 
 
@@ -85,40 +76,30 @@ def norms(threads: int) -> dict[str, Run]:
     return runs
 
 
-def layer(folder: Path, threads: int) -> dict[str, Callable[[int], Run]]:
-    """A decoder layer's matrices, as few and as many positions multiply them."""
-    made: dict[str, list[tuple[Callable[[Feeds], object], int]]] = {"few": [], "many": []}
-    for columns, rows in SHAPES:
-        component = single(
-            lambda columns=columns, rows=rows: nn.Linear(columns, rows, bias=False),  # type: ignore[misc]
-            (TensorSpec("x", torch.float32, (1, "T", columns)),),
-            (TensorSpec("y", torch.float32, (1, "T", rows)),),
-            axes={"T": (1, 2048)},
-        )
-        place = folder / f"{columns}x{rows}"
-        checkpoint = tensor_folder(place / "checkpoint", weights_of(component))
-        shapes = module_shapes(build_module(component))
-        source = WeightSource(checkpoint, shapes, component.rules)
-        rounded = quantized_source(
-            place, component, source, QuantPlan("", "", (Rule("*", SCHEME),))
-        )
-        (place / "graphs").mkdir()
-        with WeightFile(place / "graphs" / "weights.bin") as file:
-            for name in made:
-                builder = GraphBuilder(component, rounded, file, many_positions=name == "many")
-                graph, _ = OnnxLowering(place, file).write(builder, trace(component), name)
-                made[name].append((_runner(place / graph, threads), columns))
+def positions(path: Path, threads: int, rounds: int) -> Iterator[tuple[int, float, float]]:
+    """Seconds that a bundle's two graphs take for numbers of positions: these, few, many.
 
-    def run_all(name: str, count: int) -> Run:
-        feeds = [np.ones((1, count, columns), np.float32) for _, columns in made[name]]
-        return lambda: [run({"x": x}) for (run, _), x in zip(made[name], feeds, strict=True)]
-
-    return {name: lambda count, name=name: run_all(name, count) for name in made}  # type: ignore[misc]
-
-
-def _runner(graph: Path, threads: int) -> Callable[[Feeds], object]:
-    opened = session(graph, threads)
-    return lambda feeds: opened.run(None, feeds)
+    Raises:
+        SystemExit: The bundle has one graph alone.
+    """
+    engine = open_model(path, threads=threads).engine
+    many = engine.new_prefill_state() if isinstance(engine, OnnxEngine) else None
+    if not isinstance(engine, OnnxEngine) or many is None:
+        raise SystemExit(f"{path} has no prefill graph")
+    states = {"few": engine._state(math.inf), "many": many}
+    for count in POSITIONS:
+        embeddings = engine.embed(np.arange(count)).copy()
+        taken: dict[str, list[float]] = {name: [] for name in states}
+        for _ in range(rounds):
+            for name, state in states.items():
+                time.sleep(SETTLE)
+                state.run(embeddings, 0)
+                for _ in range(IN_A_ROW):
+                    started = time.perf_counter()
+                    state.run(embeddings, 0)
+                    taken[name].append(time.perf_counter() - started)
+        few, of_many = (statistics.median(times) for times in taken.values())
+        yield count, few, of_many
 
 
 def medians(runs: Mapping[str, Run], count: int) -> dict[str, float]:
@@ -141,17 +122,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--bundle", type=Path)
     given = parser.parse_args(arguments)
     print(f"{given.threads} threads\n\nnorms of {PATCHES} x {WIDTH}, ms")
     for name, took in medians(norms(given.threads), given.runs).items():
         print(f"  {name:38}{took:8.2f}")
-    print(f"\none decoder layer, ms\n  {'positions':12}{'few':>8}{'many':>8}{'few / many':>12}")
-    with TemporaryDirectory() as folder:
-        candidates = layer(Path(folder), given.threads)
-        for count in POSITIONS:
-            took_each = medians({n: make(count) for n, make in candidates.items()}, given.runs)
-            few, many = took_each["few"], took_each["many"]
-            print(f"  {count:<12}{few:8.2f}{many:8.2f}{few / many:12.2f}")
+    if given.bundle is None:
+        return
+    print(f"\nprompts, ms elapsed\n  {'positions':12}{'few':>8}{'many':>8}{'few / many':>12}")
+    for count, few, many in positions(given.bundle, given.threads, given.runs):
+        print(f"  {count:<12}{few * 1e3:8.0f}{many * 1e3:8.0f}{few / many:12.2f}", flush=True)
 
 
 if __name__ == "__main__":

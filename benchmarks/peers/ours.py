@@ -24,14 +24,14 @@ class OurEngine:
     """Pictures go through a conversation; prefill and decode through the engine alone."""
 
     def __init__(self, case: Case, threads: int) -> None:
-        """Opens the bundle."""
+        """Opens the bundle as `lorgnette run` does: a picture may come while graphs still load."""
         import numpy as np
 
         from lorgnette.runtime.generation import Request
         from lorgnette.runtime.model import open_model
 
         self.case = case
-        self._model = open_model(case.bundle, threads=threads)
+        self._model = open_model(case.bundle, threads=threads, wait=False)
         self._request = Request(max_new_tokens=1)
         self._pictures = np.random.default_rng(0)
         self._tile = self._pictures.integers(0, 256, (1, 3, case.tile, case.tile), np.uint8)

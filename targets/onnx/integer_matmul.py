@@ -38,7 +38,7 @@ def integer_matmul(
 
     Both operands are unsigned with a zero point, but for narrow codes. Kernels that take signed
     weights add pairs of products in 16 bits on processors without dot-product instructions; narrow
-    codes fit there, and are multiplied in three quarters of the time; others would saturate, and
+    codes fit there, and are multiplied in about four fifths of the time; others would saturate, and
     take the kernels for unsigned operands, which are exact on all.
 
     Source: onnxruntime's operator documentation (MatMulIntegerToFloat); its MLAS, qgemm kernels.

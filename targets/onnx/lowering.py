@@ -58,9 +58,10 @@ TABLES = (
     SchemeRange(bits=(4, 8), groups=GROUP_SIZES, symmetric=EITHER, scale_bits=SCALE_BITS),
 )
 
-MANY_POSITIONS = 192
+MANY_POSITIONS = 256
 """From so many new positions on the prefill graph is the faster one: what it makes of weights first
-takes as long as it wins over about 180 positions (`python -m benchmarks.operators`)."""
+takes as long as it then wins over about 190 positions on one thread or two, and 330 on four
+(`python -m benchmarks.operators --bundle`)."""
 GRAPHS = "graphs"
 WEIGHTS = "weights.bin"
 
