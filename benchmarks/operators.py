@@ -76,17 +76,9 @@ def norms(threads: int) -> dict[str, Run]:
     return runs
 
 
-def positions(path: Path, threads: int, rounds: int) -> Iterator[tuple[int, float, float]]:
-    """Seconds that a bundle's two graphs take for numbers of positions: these, few, many.
-
-    Raises:
-        SystemExit: The bundle has one graph alone.
-    """
-    engine = open_model(path, threads=threads).engine
-    many = engine.new_prefill_state() if isinstance(engine, OnnxEngine) else None
-    if not isinstance(engine, OnnxEngine) or many is None:
-        raise SystemExit(f"{path} has no prefill graph")
-    states = {"few": engine._state(math.inf), "many": many}
+def positions(engine: OnnxEngine, rounds: int) -> Iterator[tuple[int, float, float]]:
+    """Seconds that the decoder's two graphs take for numbers of positions: these, few, many."""
+    states = {"few": engine._state(math.inf), "many": engine._state(1)}
     for count in POSITIONS:
         embeddings = engine.embed(np.arange(count)).copy()
         taken: dict[str, list[float]] = {name: [] for name in states}
@@ -129,8 +121,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"  {name:38}{took:8.2f}")
     if given.bundle is None:
         return
+    engine = open_model(given.bundle, threads=given.threads).engine
+    if not isinstance(engine, OnnxEngine) or engine.new_prefill_state() is None:
+        raise SystemExit(f"{given.bundle} has no prefill graph")
+    started = time.perf_counter()
+    engine._make_weights().result()
+    made = (time.perf_counter() - started) * 1e3
+    print(f"\nweights for many positions, made once: {made:.0f} ms")
     print(f"\nprompts, ms elapsed\n  {'positions':12}{'few':>8}{'many':>8}{'few / many':>12}")
-    for count, few, many in positions(given.bundle, given.threads, given.runs):
+    for count, few, many in positions(engine, given.runs):
         print(f"  {count:<12}{few * 1e3:8.0f}{many * 1e3:8.0f}{few / many:12.2f}", flush=True)
 
 

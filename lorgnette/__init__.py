@@ -21,10 +21,17 @@ def open(
     *,
     threads: int | None = None,
     keep_vision: bool = True,
+    prefill_weights: bool = True,
     wait: bool = True,
 ) -> Model:
     """Opens a bundle, ready to answer: see `lorgnette.runtime.model.open_model`."""
     # Here and not at the top: importing the package must stay cheap.
     from lorgnette.runtime.model import open_model
 
-    return open_model(path, threads=threads, keep_vision=keep_vision, wait=wait)
+    return open_model(
+        path,
+        threads=threads,
+        keep_vision=keep_vision,
+        prefill_weights=prefill_weights,
+        wait=wait,
+    )

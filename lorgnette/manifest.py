@@ -14,7 +14,7 @@ from lorgnette.recipe import Recipe
 from lorgnette.spec import Frozen, ModelSpec, Preprocess, PromptSpec
 
 FORMAT_MAJOR = 2
-FORMAT_MINOR = 3
+FORMAT_MINOR = 4
 CACHE8 = "cache8"
 KNOWN_REQUIREMENTS: frozenset[str] = frozenset({"tiles", "square", CACHE8})
 """What a bundle may ask of its reader: kinds of preprocessing, and a KV cache of 8 bits; one that
@@ -65,6 +65,8 @@ class FunctionEntry(Frozen, frozen=True):
     """The file that it alone is in, where that is not the component's own graph."""
     positions: int = 0
     """The least new positions of a call for which it is there; fewer take the component's graph."""
+    weights: str = ""
+    """The file of a graph whose outputs it takes as further inputs, the same for every call."""
 
 
 class Fallback(Frozen, frozen=True):

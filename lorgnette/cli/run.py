@@ -43,7 +43,9 @@ if TYPE_CHECKING:
 @click.option("--stop", multiple=True, help="Text that ends the answer; repeatable.")
 @click.option("--threads", type=int, help="Threads of the engine.  [every core]")
 @click.option(
-    "--free-vision", is_flag=True, help="Free the vision encoder behind the pictures: less memory."
+    "--less-memory",
+    is_flag=True,
+    help="Free the vision encoder behind pictures, and read long prompts without further weights.",
 )
 @click.option("--stats", is_flag=True, help="Print timings on stderr, terminal or not.")
 def run(
@@ -61,7 +63,7 @@ def run(
     seed: int,
     stop: tuple[str, ...],
     threads: int | None,
-    free_vision: bool,
+    less_memory: bool,
     stats: bool,
     as_json: bool,
 ) -> None:
@@ -90,7 +92,13 @@ def run(
     )
     first = _read_stdin() if prompt == "-" else prompt
     # Not waited for: pictures are encoded while the decoder loads.
-    model = open_model(bundle, threads=threads, keep_vision=not free_vision, wait=False)
+    model = open_model(
+        bundle,
+        threads=threads,
+        keep_vision=not less_memory,
+        prefill_weights=not less_memory,
+        wait=False,
+    )
     session = _Session(model, system, request, as_json, stats or sys.stderr.isatty())
     goes_on = chat and sys.stdin.isatty()  # where Ctrl-C ends an answer, not the conversation
     interrupted = False

@@ -49,8 +49,8 @@ class GraphBuilder:
         component: What is lowered.
         source: Its weights, and how they are rounded.
         weights: Where they are stored.
-        many_positions: Whether the graph is for hundreds of positions a call, where it pays to
-            make other codes of weights first.
+        many_positions: Whether the graph is for hundreds of positions a call, which it multiplies
+            with other codes of the same weights.
     """
 
     def __init__(
@@ -65,6 +65,8 @@ class GraphBuilder:
         self.component = component
         self.many_positions = many_positions
         self.inputs = [_io_value(s) for s in (*component.inputs, *component.cache_inputs)]
+        self.made_weights: dict[str, tuple[ir.Value, ...]] = {}
+        """Further inputs by the matrix that they are of: what another graph makes of its codes."""
         self.operators: Counter[str] = Counter()
         self.weight_bytes: Counter[str] = Counter()
         self.kept_in_float: dict[str, str] = {}
@@ -128,6 +130,10 @@ class GraphBuilder:
     def columns(self, parameter: str) -> int:
         """The columns of a matrix."""
         return self._source.shapes[parameter][1]
+
+    def rows(self, parameter: str) -> int:
+        """The rows of a matrix."""
+        return self._source.shapes[parameter][0]
 
     def keep_in_float(self, parameter: str, reason: str) -> None:
         """Tells that a weight stays float32, where the plan asked for something else."""
@@ -300,8 +306,13 @@ class GraphBuilder:
             value.name = spec.name
             value.dtype = DTYPES[spec.dtype]
             value.shape = ir.Shape(spec.shape)
+        made = [value for values in self.made_weights.values() for value in values]
+        return self.close([*self.inputs, *made], outputs)
+
+    def close(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Model:
+        """A model of what was built, with inputs and outputs as they are given."""
         graph = ir.Graph(
-            self.inputs,
+            inputs,
             outputs,
             nodes=[*self._weight_nodes, *self._nodes],
             initializers=list(self._initializers.values()),

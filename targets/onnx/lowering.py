@@ -24,6 +24,7 @@ from lorgnette.targets.capabilities import (
 from lorgnette.targets.target import LoweredComponent, Target
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     from torch.export import ExportedProgram
 
     from lorgnette.export.check import Parts
@@ -58,10 +59,11 @@ TABLES = (
     SchemeRange(bits=(4, 8), groups=GROUP_SIZES, symmetric=EITHER, scale_bits=SCALE_BITS),
 )
 
-MANY_POSITIONS = 256
-"""From so many new positions on the prefill graph is the faster one: what it makes of weights first
-takes as long as it then wins over about 190 positions on one thread or two, and 330 on four
-(`python -m benchmarks.operators --bundle`)."""
+MANY_POSITIONS = 128
+"""From so many new positions on the prefill graph is taken. With its weights made it is the faster
+one from about 30 on, but making them takes as long as it then wins over some 350 positions
+(`python -m benchmarks.operators --bundle`): not for one short question."""
+PREFILL = "prefill"
 GRAPHS = "graphs"
 WEIGHTS = "weights.bin"
 
@@ -92,26 +94,37 @@ class OnnxLowering:
             kept_in_float=builder.kept_in_float,
         )
         schemes = (source.rule(name).scheme for name in source.matrices)
-        if "prefill" not in component.entry_points or not any(map(is_recoded, schemes)):
+        if PREFILL not in component.entry_points or not any(map(is_recoded, schemes)):
             return lowered
-        many = GraphBuilder(stored, source, self._weights, many_positions=True)
-        graph, _ = self.write(many, program, "prefill")
+        graph, weights = self.add_many(stored, program, source)
         prefill = FunctionEntry(
-            name="prefill",
-            entry_point="prefill",
+            name=PREFILL,
+            entry_point=PREFILL,
             inputs=(),
             outputs=(),
             graph=graph,
             positions=MANY_POSITIONS,
+            weights=weights,
         )
         return msgspec.structs.replace(lowered, functions=(prefill,))
+
+    def add_many(
+        self, component: Component, program: ExportedProgram, source: QuantizedSource
+    ) -> tuple[str, str]:
+        """Writes the graph for many positions, and the one that makes its weights: their files."""
+        from lorgnette.targets.onnx.graph import GraphBuilder
+        from lorgnette.targets.onnx.many_positions import weights_graph
+
+        builder = GraphBuilder(component, source, self._weights, many_positions=True)
+        graph, _ = self.write(builder, program, PREFILL)
+        empty = GraphBuilder(component, source, self._weights)
+        weights = weights_graph(empty, builder.made_weights)
+        return graph, self._save(weights, f"{PREFILL}_weights")
 
     def write(
         self, builder: GraphBuilder, program: ExportedProgram, name: str
     ) -> tuple[str, dict[str, int]]:
         """Builds and writes a graph; gives its file, and how often each operator is in it."""
-        import onnx_ir as ir
-
         from lorgnette.targets.onnx.fuse import fuse_quick_gelus, fuse_skip_norms
         from lorgnette.targets.onnx.graph import build_graph
 
@@ -119,9 +132,15 @@ class OnnxLowering:
         fuse_skip_norms(model)
         fuse_quick_gelus(model)
         operators = Counter(f"{node.domain or 'ai.onnx'}::{node.op_type}" for node in model.graph)
+        return self._save(model, name), dict(sorted(operators.items()))
+
+    def _save(self, model: ir.Model, name: str) -> str:
+        """Writes a graph and gives its file, from the bundle's folder."""
+        import onnx_ir as ir
+
         path = self._folder / GRAPHS / f"{name}.onnx"
         ir.save(model, path)
-        return f"{GRAPHS}/{path.name}", dict(sorted(operators.items()))
+        return f"{GRAPHS}/{path.name}"
 
 
 class OnnxCpu:

@@ -131,6 +131,9 @@ class SlowEngine:
     def release_vision(self) -> None:
         self._engine.release_vision()
 
+    def without_prefill_weights(self) -> None:
+        self._engine.without_prefill_weights()
+
     def encode(self, tiles: np.ndarray[Any, Any], *, more: bool = False) -> Any:
         self._clock.ms += self._costs["encode"] * len(tiles)
         return self._engine.encode(tiles, more=more)

@@ -17,7 +17,6 @@ from lorgnette.export.weights import WeightSource, module_shapes
 from lorgnette.quantize.plan import QuantPlan, Rule
 from lorgnette.quantize.scheme import NARROW, QuantScheme
 from lorgnette.targets.onnx import many_positions
-from lorgnette.targets.onnx.graph import GraphBuilder
 from lorgnette.targets.onnx.lowering import OnnxLowering
 from lorgnette.targets.onnx.weight_file import WeightFile
 from tests.quantized import quantized_source
@@ -87,21 +86,25 @@ def test_products_are_those_of_recoded_weights(tmp_path: Path, columns: int, bia
     out = tmp_path / "bundle"
     (out / "graphs").mkdir(parents=True)
     with WeightFile(out / "graphs" / "weights.bin") as file:
-        builder = GraphBuilder(of, rounded, file, many_positions=True)
-        graph, operators = OnnxLowering(out, file).write(builder, trace(of), "prefill")
+        graph, of_weights = OnnxLowering(out, file).add_many(of, trace(of), rounded)
     # The head, which has one position, stays as it was.
-    assert operators["com.microsoft::MatMulIntegerToFloat"] == 1
-    assert operators["com.microsoft::MatMulNBits"] == 1
-    run = session(out / graph)
+    operators = [node.op_type for node in onnx.load(out / graph).graph.node]
+    assert operators.count("MatMulIntegerToFloat") == 1
+    assert operators.count("MatMulNBits") == 1
+    run, make = session(out / graph), session(out / of_weights)
+    names = [output.name for output in make.get_outputs()]
+    given = dict(zip(names, make.run(None, {"first_row": np.array(0, np.int64)}), strict=True))
     made = rounded.codes("body.weight")
     new, steps = recoded(made.codes[:, :columns], made.scales)
     assert np.abs(new).max() == NARROW
+    np.testing.assert_array_equal(given["body.weight.codes"].T, new)
+    np.testing.assert_array_equal(given["body.weight.steps"], steps)
     # No weight moves by more than half a step of its row.
     moved = np.abs(new * steps[:, None] - made.dequantize())
     assert (moved <= steps[:, None] * 0.5001).all()
     for count in (1, 7, 40):
         x = draw(1, count, columns)
-        (y, _) = run.run(None, {"x": x})
+        (y, _) = run.run(None, {"x": x, **given})
         wanted = multiplied(x[0], new, steps)
         if bias:
             wanted = wanted + weights["body.bias"].numpy()
@@ -118,8 +121,7 @@ def test_no_matrix_is_made_while_the_graph_loads(tmp_path: Path) -> None:
     rounded = quantized_source(tmp_path, of, source, PLAN)
     (tmp_path / "graphs").mkdir()
     with WeightFile(tmp_path / "graphs" / "weights.bin") as file:
-        builder = GraphBuilder(of, rounded, file, many_positions=True)
-        graph, _ = OnnxLowering(tmp_path, file).write(builder, trace(of), "prefill")
+        _, graph = OnnxLowering(tmp_path, file).add_many(of, trace(of), rounded)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC

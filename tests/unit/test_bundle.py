@@ -223,6 +223,7 @@ def test_what_targets_tell_is_read_as_it_stands(path: Path) -> None:
         "states": [tensor],
         "graph": "graphs/one.onnx",
         "positions": 3,
+        "weights": "graphs/two.onnx",
     }
     fallback = {"operator": "a.b", "source": "export/x.py:3", "count": 2, "reason": "none"}
     told: Json = {

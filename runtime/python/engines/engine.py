@@ -60,6 +60,9 @@ class Engine(Protocol):
     def expect(self, positions: int) -> None:
         """Told how many new positions come before they do: what they need may be loaded by then."""
 
+    def without_prefill_weights(self) -> None:
+        """Told before the first prompt to make no second form of weights for long ones."""
+
 
 class OperatorTrace(NamedTuple):
     """What an engine wrote down about the operators that it ran."""
@@ -93,3 +96,6 @@ class WholeEngine:
 
     def expect(self, positions: int) -> None:
         """Everything is loaded."""
+
+    def without_prefill_weights(self) -> None:
+        """There is but one form."""

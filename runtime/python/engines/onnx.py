@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeVar
 
 # Read by onnxruntime when it is loaded: from 1.29 on its packages send telemetry without it.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -61,8 +62,14 @@ VISION, EMBEDDING, DECODER = "vision_encoder", "token_embedding", "decoder"
 GRAPHS = (VISION, EMBEDDING, DECODER)
 PREFILL = "prefill"
 """The decoder's graph for many positions at once; opened when there are so many."""
+PREFILL_WEIGHTS = "prefill_weights"
+"""The graph that makes what that one takes besides; run once."""
+MOST_MADE = 8
+"""Weights so made take at most so many times the bytes of the bundle's files."""
 FIRST_POSITIONS = 512
 """Positions that a new KV cache has room for."""
+
+Made = TypeVar("Made")
 
 
 class OnnxEngine:
@@ -76,6 +83,8 @@ class OnnxEngine:
         self._context_length = bundle.manifest.context_length
         self._decoder_entry = bundle.manifest.component(DECODER)
         self._prefill = _prefill_function(self._decoder_entry)
+        self._bundle = bundle
+        self._made: Future[dict[str, NDArray[np.generic]]] | None = None
         self._open = partial(_session, bundle, profile_folder=profile_folder)
         self._threads = threads
         self._loading: dict[str, Future[onnxruntime.InferenceSession]] = {}
@@ -122,11 +131,29 @@ class OnnxEngine:
         """Starts loading what so many new positions need and others do not."""
         if self._prefill is not None and positions >= self._prefill.positions:
             self._load(PREFILL)
+            self._make_weights()
+
+    def without_prefill_weights(self) -> None:
+        """States made from now on run the decoder's own graph, however many positions come."""
+        self._prefill = None
 
     def _state(self, prefill_from: float) -> OnnxDecoderState:
         return OnnxDecoderState(
-            self._session, self._decoder_entry, self._context_length, prefill_from
+            self._session,
+            lambda: self._make_weights().result(),
+            self._decoder_entry,
+            self._context_length,
+            prefill_from,
         )
+
+    def _make_weights(self) -> Future[dict[str, NDArray[np.generic]]]:
+        """Starts making the further inputs of the prefill graph, unless that was done."""
+        with self._lock:
+            if self._made is None:
+                self._made = _in_a_thread(
+                    PREFILL_WEIGHTS, partial(_made_weights, self._bundle, self._threads)
+                )
+            return self._made
 
     def end_profiling(self) -> list[OperatorTrace]:
         """Ends the notes of what each operator took; only where a folder was given."""
@@ -138,14 +165,20 @@ class OnnxEngine:
         threads = 1 if name == EMBEDDING else self._threads
         with self._lock:
             if name not in self._loading:
-                pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"load-{name}")
-                self._loading[name] = pool.submit(self._open, name, threads)
-                pool.shutdown(wait=False)
+                self._loading[name] = _in_a_thread(name, partial(self._open, name, threads))
             return self._loading[name]
 
     def _session(self, name: str) -> onnxruntime.InferenceSession:
         """A session, waited for where it is still loading."""
         return self._load(name).result()
+
+
+def _in_a_thread(name: str, call: Callable[[], Made]) -> Future[Made]:
+    """What a call will give, which a thread of its own makes."""
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"load-{name}")
+    made = pool.submit(call)
+    pool.shutdown(wait=False)
+    return made
 
 
 def _giving_memory_back() -> onnxruntime.RunOptions:
@@ -166,6 +199,7 @@ class OnnxDecoderState:
     def __init__(
         self,
         session: Callable[[str], onnxruntime.InferenceSession],
+        weights: Callable[[], dict[str, NDArray[np.generic]]],
         entry: ComponentEntry,
         capacity: int,
         prefill_from: float,
@@ -174,12 +208,14 @@ class OnnxDecoderState:
 
         Args:
             session: Gives the session of a graph.
+            weights: Gives the further inputs of the prefill graph.
             entry: The decoder's entry.
             capacity: Positions that the cache can grow to.
             prefill_from: The least new positions that the prefill graph is for.
         """
         self.capacity = capacity
         self._open = session
+        self._weights = weights
         self._entry = entry
         self._prefill_from = prefill_from
         self._past = np.zeros(1, np.int32)
@@ -201,6 +237,10 @@ class OnnxDecoderState:
         self._reserve(past_length + count, past_length)
         if name not in self._bindings:
             self._bindings[name] = self._bind(session)
+            if name == PREFILL:
+                with _running(PREFILL):
+                    for each, array in self._weights().items():
+                        _bind(self._bindings[name].bind_input, each, array)
         self._past[0] = past_length
         bound = np.ascontiguousarray(embeddings[None])
         _bind(self._bindings[name].bind_input, "embeddings", bound)
@@ -275,13 +315,15 @@ def _prefill_function(decoder: ComponentEntry) -> FunctionEntry | None:
 def _session(
     bundle: Bundle, name: str, threads: int, *, profile_folder: Path | None = None
 ) -> onnxruntime.InferenceSession:
-    entry = bundle.manifest.component(DECODER if name == PREFILL else name)
-    prefill = _prefill_function(entry) if name == PREFILL else None
+    entry = bundle.manifest.component(DECODER if name.startswith(PREFILL) else name)
+    prefill = _prefill_function(entry)
+    graphs = {PREFILL: prefill.graph, PREFILL_WEIGHTS: prefill.weights} if prefill else {}
+    path = bundle.file(graphs.get(name, entry.graph))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # fatal ones only: errors arrive as exceptions
-    if name in (VISION, PREFILL):
+    if name not in (EMBEDDING, DECODER):
         # Idle threads of theirs would go on spinning beside those of the decoder.
         options.add_session_config_entry("session.force_spinning_stop", "1")
     # A plan of memory for shapes seen before would lie beside what the first run took.
@@ -292,7 +334,6 @@ def _session(
     if profile_folder is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_folder / name)
-    path = bundle.file(entry.graph if prefill is None else prefill.graph)
     try:
         session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
@@ -304,16 +345,61 @@ def _session(
             got=str(error).splitlines()[0],
             hint=_NEWER if CACHE8 in bundle.manifest.requires else None,
         ) from error
-    _check_interface(session, entry, path)
+    if name != PREFILL_WEIGHTS:
+        _check_interface(session, entry, path, has_more=name == PREFILL)
     return session
 
 
+def _made_weights(bundle: Bundle, threads: int) -> dict[str, NDArray[np.generic]]:
+    """Runs the graph that makes the further inputs of the prefill graph, and lets go of it.
+
+    Raises:
+        BundleError: They are no arrays of fixed shapes, or far larger than the bundle.
+    """
+    prefill = _prefill_function(bundle.manifest.component(DECODER))
+    if prefill is None or not prefill.weights:
+        return {}
+    session = _session(bundle, PREFILL_WEIGHTS, threads)
+    path = bundle.file(prefill.weights)
+    outputs = session.get_outputs()
+    dtypes = {type_: np.dtype(name) for name, type_ in _TYPES.items()}
+    size = 0
+    for output in outputs:
+        fixed = all(isinstance(axis, int) and axis > 0 for axis in output.shape)
+        if not fixed or output.type not in dtypes:
+            raise BundleError(
+                "graph of weights gives no arrays of fixed shapes",
+                where=f"{path}: {output.name}",
+                got=f"{output.type} {output.shape}",
+            )
+        size += math.prod(output.shape) * dtypes[output.type].itemsize
+    most = MOST_MADE * sum(entry.bytes for entry in bundle.manifest.files)
+    if size > most:
+        raise BundleError(
+            "graph of weights makes too much", where=path, got=f"{size} bytes", wanted=f"{most}"
+        )
+    made = {each.name: np.empty(each.shape, dtypes[each.type]) for each in outputs}
+    binding = session.io_binding()
+    first_row = np.zeros((), np.int64)
+    _bind(binding.bind_input, "first_row", first_row)
+    for name, array in made.items():
+        _bind(binding.bind_output, name, array)
+    with _running(PREFILL_WEIGHTS):
+        session.run_with_iobinding(binding)
+    return made
+
+
 def _check_interface(
-    session: onnxruntime.InferenceSession, entry: ComponentEntry, path: Path
+    session: onnxruntime.InferenceSession, entry: ComponentEntry, path: Path, *, has_more: bool
 ) -> None:
-    """The graph must have the inputs and outputs that the manifest promises."""
+    """The graph must have the inputs and outputs that the manifest promises.
+
+    One that has more takes further inputs behind them, which are compared where they are bound.
+    """
+    promised_inputs = (*entry.inputs, *entry.cache_inputs)
+    inputs = session.get_inputs()
     for promised, actual in (
-        ((*entry.inputs, *entry.cache_inputs), session.get_inputs()),
+        (promised_inputs, inputs[: len(promised_inputs)] if has_more else inputs),
         ((*entry.outputs, *entry.cache_outputs), session.get_outputs()),
     ):
         wanted = [(t.name, _TYPES[t.dtype], list(t.shape)) for t in promised]
