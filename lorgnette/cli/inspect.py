@@ -84,7 +84,12 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "pictures": predict.pictures(spec, manifest.preprocess),
         "kv_cache_bytes": {"per_1000_tokens": 1000 * kv, "at_full_context": context * kv},
         "predicted_memory_bytes": predict.memory(
-            spec, manifest.preprocess, context, weights, cache_bits
+            spec,
+            manifest.preprocess,
+            context,
+            weights,
+            cache_bits,
+            prefill_weights=any(each.weights for each in manifest.component("decoder").functions),
         ),
         "files": [msgspec.to_builtins(entry) for entry in manifest.files],
         "bytes": sum(entry.bytes for entry in manifest.files),

@@ -48,21 +48,44 @@ def memory(
     context_length: int,
     weight_bytes: int,
     cache_bits: int = 32,
+    *,
+    prefill_weights: bool = False,
 ) -> dict[str, int]:
     """What a run holds at most: weights, a full KV cache, the image tokens of a square picture.
+
+    With `prefill_weights`, the second form of the decoder's layers too that long prompts take.
 
     A prediction, and a lower bound: Python, the engine's code, its own copies of weights and the
     activations come on top.
     """
     kv = kv_bytes_per_token(spec.text, cache_bits) * context_length
     tokens = tiles_of(1024, 1024, preprocess) * spec.image_tokens_per_tile
-    image = tokens * spec.text.hidden_size * FLOAT32_BYTES
-    return {
+    parts = {
         "weights": weight_bytes,
+        "prefill_weights": prefill_weight_bytes(spec.text) if prefill_weights else 0,
         "kv_cache_at_full_context": kv,
-        "image_tokens": image,
-        "total": weight_bytes + kv + image,
+        "image_tokens": tokens * spec.text.hidden_size * FLOAT32_BYTES,
     }
+    return {**parts, "total": sum(parts.values())}
+
+
+def prefill_weight_bytes(text: TextSpec) -> int:
+    """What onnx-cpu makes of 4-bit codes for long prompts: a byte a number, a step for each row."""
+    attention = text.heads * text.head_size
+    rows = {
+        "qkv": attention + 2 * text.kv_heads * text.head_size,
+        "o": text.hidden_size,
+        "gate_up": 2 * text.intermediate_size,
+        "down": text.hidden_size,
+    }
+    columns = {
+        "qkv": text.hidden_size,
+        "o": attention,
+        "gate_up": text.hidden_size,
+        "down": text.intermediate_size,
+    }
+    layer = sum(count * (columns[name] + FLOAT32_BYTES) for name, count in rows.items())
+    return text.layers * layer
 
 
 def bundle_weight_bytes(

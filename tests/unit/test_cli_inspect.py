@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import lorgnette
 from lorgnette.quantize.plan import PLANS
+from lorgnette.runtime.engines.onnx import _made_weights
 from lorgnette.runtime.preprocess import prepare
 from tests.unit.cli_helpers import ZOO, bundle, call, changed_checkpoint, document, process, start
 
@@ -76,6 +77,8 @@ def test_a_bundle_in_numbers() -> None:
     parts = [value for name, value in predicted.items() if name != "total"]
     assert predicted["total"] == sum(parts)
     assert predicted["kv_cache_at_full_context"] == cache_bytes
+    made = _made_weights(model.bundle, 1)
+    assert predicted["prefill_weights"] == sum(array.nbytes for array in made.values()) > 0
     assert predicted["image_tokens"] == tokens.nbytes
     weights = (bundle() / "graphs" / "weights.bin").stat().st_size
     assert 0.9 * weights < predicted["weights"] <= weights
@@ -87,7 +90,7 @@ def test_both_kinds_are_readable_lines_without_json() -> None:
     code, out, err = process("inspect", bundle())
     assert (code, err) == (0, b"")
     text = out.decode()
-    for word in ("format 2.3", "onnx-cpu", "int4", "vision_encoder", "KV cache", "weights.bin"):
+    for word in ("format 2.4", "onnx-cpu", "int4", "vision_encoder", "KV cache", "weights.bin"):
         assert word in text
     result = call("inspect", ZOO)
     assert result.exit_code == 0
