@@ -59,10 +59,10 @@ TABLES = (
     SchemeRange(bits=(4, 8), groups=GROUP_SIZES, symmetric=EITHER, scale_bits=SCALE_BITS),
 )
 
-MANY_POSITIONS = 128
+MANY_POSITIONS = 192
 """From so many new positions on the prefill graph is taken. With its weights made it is the faster
-one from about 30 on, but making them takes as long as it then wins over some 350 positions
-(`python -m benchmarks.operators --bundle`): not for one short question."""
+one from about 64 on (`python -m benchmarks.operators --bundle`), but loading it and making them
+takes longer than it then wins over hundreds, and memory: not for one tile and a short question."""
 PREFILL = "prefill"
 GRAPHS = "graphs"
 WEIGHTS = "weights.bin"

@@ -244,8 +244,10 @@ class OnnxDecoderState:
         self._past[0] = past_length
         bound = np.ascontiguousarray(embeddings[None])
         _bind(self._bindings[name].bind_input, "embeddings", bound)
+        # What hundreds of positions work in is much, and what a token works in little.
+        options = _giving_memory_back() if name == PREFILL else None
         with _running(DECODER):
-            session.run_with_iobinding(self._bindings[name])
+            session.run_with_iobinding(self._bindings[name], options)
         return self._logits[0]  # type: ignore[no-any-return]
 
     def _bind(self, session: onnxruntime.InferenceSession) -> onnxruntime.IOBinding:
@@ -329,8 +331,10 @@ def _session(
     # A plan of memory for shapes seen before would lie beside what the first run took.
     options.enable_mem_pattern = False
     # Exports write what is to run. More would take longer to load and join layer normalisations
-    # with their additions, which is slower.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    # with their additions, which is slower. What runs but once computes nothing in advance.
+    levels = onnxruntime.GraphOptimizationLevel
+    once = name == PREFILL_WEIGHTS
+    options.graph_optimization_level = levels.ORT_DISABLE_ALL if once else levels.ORT_ENABLE_BASIC
     if profile_folder is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_folder / name)
