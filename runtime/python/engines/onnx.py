@@ -236,11 +236,10 @@ class OnnxDecoderState:
         session = self._open(name)
         self._reserve(past_length + count, past_length)
         if name not in self._bindings:
-            self._bindings[name] = self._bind(session)
-            if name == PREFILL:
-                with _running(PREFILL):
-                    for each, array in self._weights().items():
-                        _bind(self._bindings[name].bind_input, each, array)
+            with _running(name):
+                self._bindings[name] = self._bind(
+                    session, self._weights if name == PREFILL else dict
+                )
         self._past[0] = past_length
         bound = np.ascontiguousarray(embeddings[None])
         _bind(self._bindings[name].bind_input, "embeddings", bound)
@@ -250,9 +249,15 @@ class OnnxDecoderState:
             session.run_with_iobinding(self._bindings[name], options)
         return self._logits[0]  # type: ignore[no-any-return]
 
-    def _bind(self, session: onnxruntime.InferenceSession) -> onnxruntime.IOBinding:
-        """Binds what stays in its place from call to call."""
+    def _bind(
+        self,
+        session: onnxruntime.InferenceSession,
+        further: Callable[[], dict[str, NDArray[np.generic]]],
+    ) -> onnxruntime.IOBinding:
+        """Binds what stays in its place from call to call, and further inputs."""
         binding = session.io_binding()
+        for name, array in further().items():
+            _bind(binding.bind_input, name, array)
         _bind(binding.bind_input, "past_length", self._past)
         _bind(binding.bind_output, "logits", self._logits)
         entry = self._entry
@@ -385,10 +390,10 @@ def _made_weights(bundle: Bundle, threads: int) -> dict[str, NDArray[np.generic]
     made = {each.name: np.empty(each.shape, dtypes[each.type]) for each in outputs}
     binding = session.io_binding()
     first_row = np.zeros((), np.int64)
-    _bind(binding.bind_input, "first_row", first_row)
-    for name, array in made.items():
-        _bind(binding.bind_output, name, array)
     with _running(PREFILL_WEIGHTS):
+        _bind(binding.bind_input, "first_row", first_row)
+        for name, array in made.items():
+            _bind(binding.bind_output, name, array)
         session.run_with_iobinding(binding)
     return made
 
