@@ -54,7 +54,8 @@ class Model:
                 question with new pictures loads it again.
             prefill_weights: Makes a second form of the decoder's weights, a byte for each number,
                 when a prompt first has as many new positions as the bundle says, and keeps it:
-                such prompts are then read in two thirds of the time. Without, less memory.
+                such prompts are then read in about three quarters of the time. Without, less
+                memory.
             wait: Returns only when every graph is loaded. Without, the files are checked, and what
                 the engine refuses of a graph is told when it is first needed: a picture is then
                 encoded while the decoder is still loading.
