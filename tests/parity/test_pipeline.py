@@ -234,7 +234,7 @@ def test_rounding_that_is_too_coarse_is_refused(
 def test_the_twin_is_not_shipped(tmp_path: Path) -> None:
     bundle, ladder = export(CHECKPOINT, tmp_path / "b.lorg", FAST, pictures=UNMEASURED)
     graphs = sorted(path.name for path in (bundle.path / "graphs").iterdir())
-    names = ("decoder", "prefill", "token_embedding", "vision_encoder")
+    names = ("decoder", "prefill", "prefill_weights", "token_embedding", "vision_encoder")
     assert graphs == [*(f"{name}.onnx" for name in names), "weights.bin"]
     assert set(files_of(bundle.path)) == {f.path for f in bundle.manifest.files} | {"manifest.json"}
     # What ships does round: its own error is far above that of float32.
